@@ -1,0 +1,1 @@
+"""The IP-Prior: from some parts' tokens to a whole concept's tokens."""
