@@ -14,7 +14,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 
 PY := .venv/bin/python
-PIP := $(PY) -m pip --quiet --disable-pip-version-check
+PIP := $(PY) -m pip -qq --disable-pip-version-check
 KEY := $(shell cat pyproject.toml requirements.txt constraints.txt | cksum | cut -d ' ' -f 1)
 READY := .venv/.ready-$(KEY)
 

@@ -1,0 +1,463 @@
+"""Fetching the released files, when somebody asks for them on the command line and only then.
+
+Says first what will be fetched, from where and how big it is. A download that was broken off goes on where it
+stopped; a file appears under its name only when it is complete and its checksum holds.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from email.message import Message
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from .errors import PitError
+from .files import NO_SPACE, sha256_of
+
+HUB = "https://huggingface.co"
+TIMEOUT_SECONDS = 30.0
+BLOCK_BYTES = 1 << 18
+NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+
+
+@dataclass(frozen=True)
+class Release:
+    """Files that belong together: local path -> path in the repository, or a whole folder of it."""
+
+    about: str
+    repository: str
+    files: Mapping[str, str] = field(default_factory=dict)
+    folder: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)  # bytes, where they are known for certain
+
+
+def _prior(domain: str, folder: str) -> Release:
+    return Release(
+        about=f"IP-Prior for {domain}",
+        repository="kfirgold99/Piece-it-Together",
+        files={name: f"models/{folder}/{name}" for name in ("prior.ckpt", "cfg.yaml")},
+        sizes={"prior.ckpt": 1_079_507_976},
+    )
+
+
+def _sdxl_files() -> dict[str, str]:
+    """The diffusers folder in half precision, saved under the plain names that need no variant to load."""
+    configs = ["model_index.json", "scheduler/scheduler_config.json"]
+    configs += [f"{part}/config.json" for part in ("text_encoder", "text_encoder_2", "unet", "vae")]
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        names = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
+        configs += [f"{tokenizer}/{name}" for name in names]
+    weights = {
+        "text_encoder": "model",
+        "text_encoder_2": "model",
+        "unet": "diffusion_pytorch_model",
+        "vae": "diffusion_pytorch_model",
+    }
+    halves = {
+        f"{part}/{stem}.safetensors": f"{part}/{stem}.fp16.safetensors" for part, stem in weights.items()
+    }
+    return {name: name for name in configs} | halves
+
+
+RELEASES: dict[str, Release] = {
+    "characters-prior": _prior("fantasy characters", "characters_ckpt"),
+    "products-prior": _prior("products", "products_ckpt"),
+    "toys-prior": _prior("plush toys", "plush_ckpt"),
+    "directions": Release(
+        about="semantic directions in IP+ space",
+        repository="kfirgold99/Piece-it-Together",
+        folder="ip_space_edit_directions",
+    ),
+    "ip-adapter-plus-sdxl": Release(
+        about="IP-Adapter Plus for SDXL",
+        repository="h94/IP-Adapter",
+        files={
+            "ip-adapter-plus_sdxl_vit-h.safetensors": "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors"
+        },
+    ),
+    "image-encoder-vit-h": Release(
+        about="CLIP ViT-H image encoder",
+        repository="h94/IP-Adapter",
+        files={name: f"models/image_encoder/{name}" for name in ("config.json", "model.safetensors")},
+    ),
+    "sdxl": Release(
+        about="Stable Diffusion XL base 1.0 in half precision",
+        repository="stabilityai/stable-diffusion-xl-base-1.0",
+        files=_sdxl_files(),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _File:
+    """One file to fetch; size in bytes and SHA-256 as hex, None where neither we nor the server know."""
+
+    target: Path
+    path: str
+    url: str
+    size: int | None
+    sha256: str | None
+
+    @property
+    def part(self) -> Path:
+        return self.target.with_name(self.target.name + ".part")
+
+
+def download(
+    name: str,
+    into: str | os.PathLike[str],
+    *,
+    confirm: Callable[[str], bool],
+    base_url: str = HUB,
+    progress: bool = True,
+    retries: int = 3,
+) -> list[Path]:
+    """Fetch the release `name` (a key of RELEASES) to the folder `into/name`; return the files' paths.
+
+    `confirm` is shown the plan (files, sizes, source) and answers whether to go on; where it says no, the
+    list is empty and nothing was written. Files that are there already are neither fetched nor asked about.
+    `base_url` names another server with the Hub's layout; `retries` bounds the attempts in a row that bring
+    nothing.
+
+    Raises PitError, one sentence, for an unknown name, no network, a file that is not there, a full disk and
+    a wrong size or checksum (the bad file is removed). What arrived before an interruption stays in `*.part`.
+    """
+    release = _release(name)
+    folder = Path(into) / name
+    server = base_url.rstrip("/")
+    targets = [folder / local for local in release.files]
+    if targets and all(target.is_file() for target in targets):
+        return targets
+    with _network_errors(release, folder, server):
+        files = _listed(release, folder, server) if release.folder else _asked_for(release, folder, server)
+    missing = [file for file in files if not file.target.is_file()]
+    if missing and not confirm(_plan(release, folder, server, missing)):
+        return []
+    _require_space(folder, missing)
+    with _network_errors(release, folder, server), _bar(name, missing, progress) as bar:
+        for file in missing:
+            _fetch(file, bar, retries)
+    return [file.target for file in files]
+
+
+def _release(name: str) -> Release:
+    if name not in RELEASES:
+        raise PitError(f"There is no release named '{name}'; the names are {', '.join(sorted(RELEASES))}.")
+    return RELEASES[name]
+
+
+# what there is to fetch
+
+
+def _asked_for(release: Release, folder: Path, server: str) -> list[_File]:
+    """The release's files, with the size and checksum that the server announces for those not yet here."""
+    files = []
+    for local, path in release.files.items():
+        url = _file_url(server, release, path)
+        size, sha256 = (None, None) if (folder / local).is_file() else _announced(url)
+        known = release.sizes.get(local)
+        if known is not None and size not in (None, known):
+            raise PitError(
+                f"{url} should be {known} bytes but the server offers {size}: the released file was changed, "
+                "so it was not fetched."
+            )
+        files.append(_File(folder / local, path, url, known or size, sha256))
+    return files
+
+
+def _listed(release: Release, folder: Path, server: str) -> list[_File]:
+    """The files of the release's folder, as the server's listing gives them."""
+    quoted = urllib.parse.quote(f"{release.repository}/tree/main/{release.folder}")
+    url = f"{server}/api/models/{quoted}?recursive=true"
+    with urllib.request.urlopen(_request(url), timeout=TIMEOUT_SECONDS) as answer:
+        text = answer.read()
+    try:
+        entries = [entry for entry in json.loads(text) if entry["type"] == "file"]
+        files = [_listed_file(entry, release, folder, server) for entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        files = []
+    if not files:
+        raise PitError(f"{url} gave no list of files; the server's layout may have changed.")
+    return files
+
+
+def _listed_file(entry: Mapping[str, Any], release: Release, folder: Path, server: str) -> _File:
+    path = str(entry["path"])
+    local = path.removeprefix(f"{release.folder}/")
+    # The listing comes from outside: only plain names below the folder are accepted.
+    if not all(re.fullmatch(r"\w[\w .,()+=-]*", piece) for piece in local.split("/")):
+        raise PitError(f"The server lists a file with an unsafe name ({path[:80]!r}); nothing was fetched.")
+    sha256 = _sha256_in(str(entry.get("lfs", {}).get("oid", "")))
+    return _File(folder / local, path, _file_url(server, release, path), int(entry["size"]), sha256)
+
+
+def _file_url(server: str, release: Release, path: str) -> str:
+    return f"{server}/{release.repository}/resolve/main/{urllib.parse.quote(path)}"
+
+
+def _announced(url: str) -> tuple[int | None, str | None]:
+    """Size and SHA-256 of the file behind `url`, as far as the server tells them.
+
+    The Hub describes a large file in the answer that redirects to its storage, so that one is read where it
+    exists; the storage itself may refuse to be asked without downloading.
+    """
+    headers = _head(url, _SameHost())
+    if headers.get("X-Linked-Size") is None and headers.get("Location") is not None:
+        headers = _head(url, _AnyHost())
+    size = headers.get("X-Linked-Size") or headers.get("Content-Length")
+    return (int(size) if size and size.isdigit() else None), _sha256_in(headers.get("X-Linked-Etag", ""))
+
+
+def _head(url: str, redirects: _AnyHost) -> Message:
+    try:
+        with urllib.request.build_opener(redirects).open(
+            _request(url, "HEAD"), timeout=TIMEOUT_SECONDS
+        ) as answer:
+            return answer.headers
+    except urllib.error.HTTPError as error:
+        if 300 <= error.code < 400:
+            return error.headers
+        raise
+
+
+class _AnyHost(urllib.request.HTTPRedirectHandler):
+    """Follows redirects and still asks for the headers alone, which the standard handler forgets."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        following = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if following is not None:
+            following.method = req.get_method()
+        return following
+
+
+class _SameHost(_AnyHost):
+    """Follows redirects within one host; one that leads elsewhere is the answer (an HTTPError)."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        if urllib.parse.urlsplit(newurl).netloc != urllib.parse.urlsplit(req.full_url).netloc:
+            return None
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _sha256_in(etag: str) -> str | None:
+    plain = etag.strip().removeprefix("W/").strip('"').removeprefix("sha256:").lower()
+    return plain if re.fullmatch(r"[0-9a-f]{64}", plain) else None
+
+
+def _request(url: str, method: str = "GET", start: int = 0) -> urllib.request.Request:
+    headers = {"User-Agent": "piece-it-together", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    return urllib.request.Request(url, headers=headers, method=method)
+
+
+def _plan(release: Release, folder: Path, server: str, missing: list[_File]) -> str:
+    lines = [
+        f"{release.about}, from {server}/{release.repository} (its terms are on that page)",
+        f"to {folder}:",
+    ]
+    lines += [f"  {file.target.relative_to(folder).as_posix()}  {_readable(file.size)}" for file in missing]
+    lines.append(f"{_readable(_total(missing))} in all")
+    here = _already_here(missing)
+    if here:
+        lines[-1] += f", of which {_readable(here)} are here from an earlier attempt"
+    return "\n".join(lines)
+
+
+def _total(files: list[_File]) -> int | None:
+    sizes = [file.size for file in files if file.size is not None]
+    return sum(sizes) if len(sizes) == len(files) else None
+
+
+def _already_here(files: list[_File]) -> int:
+    return sum(_length(file.part) for file in files)
+
+
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _readable(size: int | None) -> str:
+    if size is None:
+        return "of unknown size"
+    value, unit = float(size), "bytes"
+    for larger in ("kB", "MB", "GB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "bytes" or value >= 100 else f"{value:.3g} {unit}"
+
+
+def _require_space(folder: Path, missing: list[_File]) -> None:
+    needed = sum(file.size or 0 for file in missing) - _already_here(missing)
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise PitError(
+            f"The download needs {_readable(needed)}, but the disk of {there} has {_readable(free)} left; "
+            "make room or choose another folder."
+        )
+
+
+# fetching
+
+
+def _fetch(file: _File, bar: Any, retries: int) -> None:
+    """Bring one file: append to its part until it is whole, check it, give it its name."""
+    file.target.parent.mkdir(parents=True, exist_ok=True)
+    bar.update(_length(file.part))
+    failures = 0
+    while True:
+        before = _length(file.part)
+        try:
+            _append(file, bar)
+            break
+        except NETWORK_ERRORS as error:
+            if isinstance(error, urllib.error.HTTPError) and not _may_pass(error.code):
+                raise
+            failures = 0 if _length(file.part) > before else failures + 1
+            if failures > retries:
+                raise
+            time.sleep(max(0, failures - 1))
+    _check(file)
+    os.replace(file.part, file.target)
+
+
+def _may_pass(code: int) -> bool:
+    return code >= 500 or code == http.client.TOO_MANY_REQUESTS
+
+
+def _append(file: _File, bar: Any) -> None:
+    """Add to the part what is missing, from the start where the server cannot continue."""
+    start = _length(file.part)
+    if start and start == file.size:
+        return
+    with _open_from(file.url, start) as answer:
+        continues = answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        if not continues:
+            bar.update(-start)
+        with file.part.open("ab" if continues else "wb") as out:
+            for block in _blocks(answer):
+                out.write(block)
+                bar.update(len(block))
+                if file.size is not None and out.tell() > file.size:
+                    return  # more than was announced: the check says so
+            left = answer.length if answer.length is not None else (file.size or 0) - out.tell()
+    if left > 0:
+        raise ConnectionError("it was closed early")
+
+
+def _open_from(url: str, start: int) -> http.client.HTTPResponse:
+    try:
+        return urllib.request.urlopen(_request(url, start=start), timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        return urllib.request.urlopen(_request(url), timeout=TIMEOUT_SECONDS)
+
+
+def _blocks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
+    """What comes, block by block; a failure is a ConnectionError, so that it is not taken for the disk's."""
+    while True:
+        try:
+            block = answer.read1(BLOCK_BYTES)
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionError(_short(error)) from error
+        if not block:
+            return
+        yield block
+
+
+def _check(file: _File) -> None:
+    """Raise PitError, and remove the part, unless it has the announced size and checksum."""
+    size = _length(file.part)
+    if file.size is not None and size != file.size:
+        _discard(file, f"{size} bytes came, {file.size} were announced")
+    if file.sha256 is not None and (found := sha256_of(file.part)) != file.sha256:
+        _discard(file, f"its SHA-256 is {found[:12]}..., not {file.sha256[:12]}...")
+
+
+def _discard(file: _File, reason: str) -> NoReturn:
+    file.part.unlink()
+    raise PitError(
+        f"{file.target.name} arrived damaged ({reason}) and was deleted; run the same command again."
+    )
+
+
+@contextmanager
+def _bar(name: str, missing: list[_File], progress: bool) -> Iterator[Any]:
+    from tqdm import tqdm  # not needed to look things up
+
+    with tqdm(
+        desc=name,
+        total=_total(missing),
+        unit="B",
+        unit_scale=True,
+        disable=None if progress and missing else True,  # None: only where a terminal shows it
+    ) as bar:
+        yield bar
+
+
+@contextmanager
+def _network_errors(release: Release, folder: Path, server: str) -> Iterator[None]:
+    """Turn what can go wrong on the way into one sentence each."""
+    page = f"{server}/{release.repository}"
+    try:
+        yield
+    except urllib.error.HTTPError as error:
+        raise PitError(_http_message(error, page, folder)) from error
+    except NETWORK_ERRORS as error:
+        reason = getattr(error, "reason", None) or error
+        raise PitError(_unreachable_message(server, folder, reason)) from error
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise PitError(
+                f"The disk of {folder} is full; make room and run the same command again."
+            ) from error
+        raise PitError(f"{folder} cannot be written: {error.strerror or error}.") from error
+
+
+def _http_message(error: urllib.error.HTTPError, page: str, folder: Path) -> str:
+    if error.code in (401, 403):
+        return (
+            f"{error.url} is not open to everybody ({error.code}): accept the terms on {page} in a browser, "
+            f"fetch the files there and put them into {folder}."
+        )
+    if error.code == 404:
+        return f"{error.url} does not exist (404): the file may have been moved; look for it on {page}."
+    return (
+        f"{error.url} cannot be fetched now ({error.code} {error.reason}); run the same command again later."
+    )
+
+
+def _unreachable_message(server: str, folder: Path, reason: object) -> str:
+    host = urllib.parse.urlsplit(server).netloc
+    what = _short(reason)
+    if folder.is_dir() and any(folder.rglob("*.part")):
+        return f"The connection to {host} broke ({what}); what arrived is kept, and the same command goes on."
+    return f"{host} cannot be reached ({what}); check the connection and run the same command again."
+
+
+def _short(reason: object) -> str:
+    if isinstance(reason, socket.gaierror):
+        return "its name is not known, so there is probably no network"
+    if isinstance(reason, TimeoutError):
+        return "no answer in time"
+    text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+    return str(text)[:120].rstrip(".")
