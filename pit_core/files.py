@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -278,7 +279,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # the safetensors library makes files that only their owner can read
+        temporary.chmod(
+            stat.S_IMODE(mode)
+        )  # the safetensors library makes files that only their owner can read
         _flush(temporary)
         os.replace(temporary, target)
         _flush_folder(target.parent)
