@@ -40,7 +40,7 @@ check: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	.venv/bin/lint-imports
+	.venv/bin/lint-imports --no-logo
 
 bench: $(READY)
 	@$(PY) benchmarks/run.py

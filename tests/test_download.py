@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
 from pit_core import download as module
 from pit_core.download import RELEASES, Release, download
 from pit_core.errors import PitError
