@@ -2,8 +2,8 @@
 
     python benchmarks/run.py [--full] [NAME ...]
 
-Every bench_NAME.py is a script that takes --quick. Lines that it prints by `ratio.report` (one JSON object each) become
-rows of the table; its other lines are shown as they are.
+Every bench_NAME.py is a script that takes --quick. Lines that it prints by `ratio.report` (one JSON object
+each) become rows of the table; its other lines are shown as they are.
 """
 
 from __future__ import annotations
