@@ -15,7 +15,7 @@ TORCH_INDEX ?=
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip -qq --disable-pip-version-check
-KEY := $(shell cat pyproject.toml requirements.txt constraints.txt | cksum | cut -d ' ' -f 1)
+KEY := $(shell { pwd; cat pyproject.toml requirements.txt constraints.txt; } | cksum | cut -d ' ' -f 1)
 READY := .venv/.ready-$(KEY)
 
 # Another torch build asked for than the one installed: the same version number would not make pip replace it.

@@ -40,6 +40,11 @@ class Hub:
     url: str = ""
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that goes away is part of the tests."""
+
+
 def _serve(hub: Hub) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -90,7 +95,7 @@ def _serve(hub: Hub) -> ThreadingHTTPServer:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     return server
