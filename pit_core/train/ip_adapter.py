@@ -1,0 +1,161 @@
+"""The IP-Adapter's objective: a frozen UNet denoises a picture, helped by the picture's own image tokens.
+
+Ye et al. 2023, "IP-Adapter" (arXiv 2308.06721), section 3.2; noise and epsilon target are those of DDPM
+(Ho et al. 2020, arXiv 2006.11239, algorithm 1).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import PitError
+from ..ip_adapter.adapter import IPAdapter
+from ..ip_adapter.processor import install_ip_adapter
+from .loop import Draws, Objective
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """How often a row loses its image, its text, or both at once; the three exclude each other."""
+
+    image: float = 0.05
+    text: float = 0.05
+    both: float = 0.05
+
+    def __post_init__(self) -> None:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        wrong = [f"{name} {value}" for name, value in values.items() if not 0 <= value <= 1]
+        if wrong or sum(values.values()) > 1:
+            raise PitError(
+                "Expected the dropout of image, text and both as probabilities from 0 to 1 whose sum is at "
+                f"most 1, got {', '.join(f'{k} {v}' for k, v in values.items())}."
+            )
+
+
+class IPAdapterObjective(Objective):
+    """MSE between the noise and the UNet's prediction of it, at uniform DDPM steps.
+
+    A batch holds "latents" (B, 4, h, w), already scaled; "text" (B, T, C); "features", the image encoder's
+    hidden states (B, N, W) for a Plus adapter or its embeddings (B, W) for a base one; and for a UNet of
+    SDXL's kind "pooled" (B, P) and "time_ids" (B, 6). Any float dtype will do.
+
+    `null_features` (N, W) or (W,), `null_text` (T, C) and `null_pooled` (P,) are what a dropped image (the
+    grey picture's features) and a dropped text (the empty prompt's) turn into. `alphas_cumprod` (steps,) is
+    the noise schedule's. The UNet is frozen and stays in eval mode; it runs in its own dtype. With
+    `train_layers=False` only the projection learns. Make the adapter with `new_ip_adapter(unet, projector)`,
+    which copies the UNet's own key and value weights.
+
+    Raises PitError when the adapter does not fit the UNet and for a batch without the expected entries.
+    """
+
+    null_features: Tensor
+    null_text: Tensor
+    null_pooled: Tensor | None
+    alphas_cumprod: Tensor
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        adapter: IPAdapter,
+        *,
+        alphas_cumprod: Tensor,
+        null_features: Tensor,
+        null_text: Tensor,
+        null_pooled: Tensor | None = None,
+        dropout: Dropout = Dropout(),
+        train_layers: bool = True,
+    ) -> None:
+        super().__init__()
+        self.unet = unet.requires_grad_(False)
+        self.adapter = adapter.requires_grad_(True)
+        self.adapter.layers.requires_grad_(train_layers)
+        self.dropout, self.train_layers = dropout, train_layers
+        self.context = install_ip_adapter(unet)
+        self.context.train = True
+        self.adapter.layers.check_fits(self.context.layers, self.adapter.name)
+        self.needs_sdxl = getattr(unet.config, "addition_embed_type", None) == "text_time"
+        if self.needs_sdxl and null_pooled is None:
+            raise PitError(
+                "An SDXL UNet reads a pooled text embedding; give the empty prompt's as null_pooled."
+            )
+        # Not persistent: all of this belongs to the base model, not to the adapter.
+        self.register_buffer("alphas_cumprod", alphas_cumprod.detach().float().clone(), persistent=False)
+        for name, null in (("features", null_features), ("text", null_text), ("pooled", null_pooled)):
+            copy = None if null is None else null.detach().clone()
+            self.register_buffer(f"null_{name}", copy, persistent=False)
+
+    def train_mode(self) -> None:
+        """Only the adapter trains; a UNet's dropout and the like stay off."""
+        self.eval()
+        self.adapter.train()
+
+    def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
+        """{"loss"}: the mean over rows, channels and pixels, in float32."""
+        self._check(batch)
+        batch = self._drop(batch, draws.rand())
+        latents = batch["latents"].float()
+        noise = draws.randn(*latents.shape[1:])
+        t = draws.randint(len(self.alphas_cumprod))
+        tokens = self.adapter(batch["features"].to(next(self.adapter.parameters()).dtype))
+        # Not cleared afterwards: gradient checkpointing runs the UNet once more on the way back.
+        self.context.set_tokens(tokens, adapter=self.adapter)
+        predicted = self._predict(add_noise(latents, noise, self.alphas_cumprod[t]), t, batch)
+        return {"loss": F.mse_loss(predicted.float(), noise)}
+
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
+        """Write the adapter in the released layout, as safetensors."""
+        from ..ip_adapter.checkpoint import save_ip_adapter
+
+        save_ip_adapter(path, self.adapter, metadata)
+
+    def _predict(self, noisy: Tensor, t: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        dtype = next(self.unet.parameters()).dtype
+        added = None
+        if self.needs_sdxl:
+            # Sizes in pixels stay in float32: bfloat16 cannot tell 1023 from 1024.
+            added = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"].float()}
+        text = batch["text"].to(dtype)
+        out = self.unet(noisy.to(dtype), t, encoder_hidden_states=text, added_cond_kwargs=added)
+        return out.sample
+
+    def _drop(self, batch: dict[str, Tensor], chance: Tensor) -> dict[str, Tensor]:
+        """Replace what a row loses: chance (B,) in [0, 1) falls into one of image, text, both, nothing."""
+        p = self.dropout
+        both = (chance >= p.image + p.text) & (chance < p.image + p.text + p.both)
+        image = (chance < p.image) | both
+        text = ((chance >= p.image) & (chance < p.image + p.text)) | both
+        dropped = {
+            **batch,
+            "features": _replace(batch["features"], image, self.null_features),
+            "text": _replace(batch["text"], text, self.null_text),
+        }
+        if self.needs_sdxl and self.null_pooled is not None:
+            dropped["pooled"] = _replace(batch["pooled"], text, self.null_pooled)
+        return dropped
+
+    def _check(self, batch: dict[str, Tensor]) -> None:
+        wanted = {"latents", "text", "features"} | ({"pooled", "time_ids"} if self.needs_sdxl else set())
+        missing = sorted(wanted - batch.keys())
+        if missing:
+            raise PitError(f"A training batch for this UNet lacks {', '.join(missing)}.")
+        for name in ("features", "text"):
+            got, null = tuple(batch[name].shape[1:]), tuple(getattr(self, f"null_{name}").shape)
+            if got != null:
+                raise PitError(f"Expected {name} of shape {('B', *null)}, got {('B', *got)} in the batch.")
+
+
+def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """sqrt(a) x + sqrt(1 - a) noise, with a (B,) one per row. DDPM, equation 4."""
+    a = alphas_cumprod.reshape(-1, 1, 1, 1)
+    return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+def _replace(values: Tensor, rows: Tensor, null: Tensor) -> Tensor:
+    return torch.where(rows.reshape(-1, *[1] * null.ndim), null.to(values), values)
