@@ -92,7 +92,7 @@ class Resampler(nn.Module):
 
 
 class ResamplerLayer(nn.ModuleList):
-    """Attention and feed-forward, each added to the queries; a list, because the released keys number them."""
+    """Attention and feed-forward, each added to the queries; a list, as the released keys number them."""
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
         latents = latents + self[0](x, latents)
