@@ -137,14 +137,18 @@ def is_held_out(critter: Critter) -> bool:
 # Geometry: every part is a list of polygons, symmetric ones drawn for both sides.
 
 
-def _ellipse(cx: float, cy: float, rx: float, ry: float, angle: float = 0.0, power: float = 2.0) -> list[Point]:
+def _ellipse(
+    cx: float, cy: float, rx: float, ry: float, angle: float = 0.0, power: float = 2.0
+) -> list[Point]:
     turn = math.radians(angle)
     points = []
     for step in range(48):
         t = 2 * math.pi * step / 48
         x = rx * math.copysign(abs(math.cos(t)) ** (2 / power), math.cos(t))
         y = ry * math.copysign(abs(math.sin(t)) ** (2 / power), math.sin(t))
-        points.append((cx + x * math.cos(turn) - y * math.sin(turn), cy + x * math.sin(turn) + y * math.cos(turn)))
+        points.append(
+            (cx + x * math.cos(turn) - y * math.sin(turn), cy + x * math.sin(turn) + y * math.cos(turn))
+        )
     return points
 
 
@@ -218,9 +222,15 @@ def _eyes(shape: str, w: float) -> list[Polygon]:
     elif shape == "sleepy":
         half = [(x, y) for x, y in _ellipse(75, 66, 10.5, 10.5) if y >= 65.9]
         iris = [(x, y) for x, y in _ellipse(75, 66, 7.6, 7.6) if y >= 65.9]
-        eye = [(half, "white"), (iris, "main"), (_stroke([(64.2, 66), (75, 65.4), (86, 66)], 3.4, 3.4), "black")]
+        eye = [
+            (half, "white"),
+            (iris, "main"),
+            (_stroke([(64.2, 66), (75, 65.4), (86, 66)], 3.4, 3.4), "black"),
+        ]
     else:
-        lens = _bezier((64.5, 72), (69, 60), (80, 58), (87, 61)) + _bezier((87, 61), (86, 72), (77, 79), (64.5, 72))
+        lens = _bezier((64.5, 72), (69, 60), (80, 58), (87, 61)) + _bezier(
+            (87, 61), (86, 72), (77, 79), (64.5, 72)
+        )
         eye = [(lens, "main"), (_ellipse(76, 67.3, 2.2, 6.2), "black")]
     return _both_sides(eye)
 
@@ -274,7 +284,10 @@ def _wings(shape: str, w: float) -> list[Polygon]:
 def _tail(shape: str, w: float) -> list[Polygon]:
     x, y = 64 + 0.55 * w, 94.0
     if shape == "bushy":
-        return [(_ellipse(x + 19, y - 6, 23, 9.5, -28), "main"), (_ellipse(x + 32, y - 13, 8, 7.5, -28), "light")]
+        return [
+            (_ellipse(x + 19, y - 6, 23, 9.5, -28), "main"),
+            (_ellipse(x + 32, y - 13, 8, 7.5, -28), "light"),
+        ]
     if shape == "curl":
         spiral = []
         for step in range(40):
@@ -405,7 +418,9 @@ def _pixelate(image: Image.Image) -> Image.Image:
     return small.resize((size, size), Image.Resampling.NEAREST)
 
 
-def render(critter: Critter, size: int = CANVAS, *, kinds: Sequence[str] = KINDS, supersample: int = 2) -> Image.Image:
+def render(
+    critter: Critter, size: int = CANVAS, *, kinds: Sequence[str] = KINDS, supersample: int = 2
+) -> Image.Image:
     """Draw a critter, or only some of its parts, in its scene: (size, size) RGB."""
     layers = [draw_layer(critter, kind, size, supersample) for kind in BACK_TO_FRONT if kind in kinds]
     return compose(layers, critter.style, draw_scene(critter.scene, size, critter.scene_seed))
@@ -413,7 +428,7 @@ def render(critter: Critter, size: int = CANVAS, *, kinds: Sequence[str] = KINDS
 
 def render_part(critter: Critter, kind: str, size: int = CANVAS, *, fill: float = 0.92) -> Image.Image:
     """One part alone, cut out tightly and centred on white, its long side ``fill`` of the square: (size, size) RGB."""
-    cut = cut_out_part(critter, kind, 2 * size)
+    cut = cut_out_part(critter, kind, 2 * size, supersample=1)
     side = max(round(size * fill), 1)
     scale = side / max(cut.size)
     small = cut.convert("RGBa").resize(
@@ -424,13 +439,13 @@ def render_part(critter: Critter, kind: str, size: int = CANVAS, *, fill: float 
     return canvas.convert("RGB")
 
 
-def cut_out_part(critter: Critter, kind: str, size: int) -> Image.Image:
+def cut_out_part(critter: Critter, kind: str, size: int, supersample: int = 2) -> Image.Image:
     """One part alone, transparent and tightly cropped, at the scale of a ``size`` canvas: RGBA of any aspect.
 
     Of a pair of wings only one is shown, as an artist would cut it out.
     """
     upright = replace(critter, pose=replace(critter.pose, dx=0.0, dy=0.0))
-    layer = _premultiplied_resize(draw_layer(upright, kind, size, 2), size)
+    layer = _premultiplied_resize(draw_layer(upright, kind, size, supersample), size)
     if critter.style == "pixel":
         layer = _pixelate(layer)
     if kind == "wings":
@@ -471,7 +486,9 @@ def _shape(draw: ImageDraw.ImageDraw, points: Sequence[Point], unit: float, colo
     draw.polygon([(x * unit, y * unit) for x, y in points], fill=colour)
 
 
-def _ground(draw: ImageDraw.ImageDraw, unit: float, horizon: float, colour: tuple[int, ...], swing: float) -> None:
+def _ground(
+    draw: ImageDraw.ImageDraw, unit: float, horizon: float, colour: tuple[int, ...], swing: float
+) -> None:
     ridge = [(x, horizon + swing * math.sin(x / 22 + horizon)) for x in range(-4, 136, 4)]
     _shape(draw, [(-4.0, 140.0), *ridge, (136.0, 140.0)], unit, colour)
 
@@ -480,8 +497,18 @@ def _forest(draw, rng, unit, horizon, ground) -> None:  # type: ignore[no-untype
     for index in range(5):
         x, width = 8 + 28 * index + rng.uniform(-8, 8), rng.uniform(11, 16)
         height = rng.uniform(52, 78)
-        _shape(draw, [(x - 3, horizon + 6), (x - 3, horizon - 8), (x + 3, horizon - 8), (x + 3, horizon + 6)], unit, (112, 84, 60))
-        _shape(draw, [(x - width, horizon - 4), (x, horizon - height), (x + width, horizon - 4)], unit, (58, 118, 74))
+        _shape(
+            draw,
+            [(x - 3, horizon + 6), (x - 3, horizon - 8), (x + 3, horizon - 8), (x + 3, horizon + 6)],
+            unit,
+            (112, 84, 60),
+        )
+        _shape(
+            draw,
+            [(x - width, horizon - 4), (x, horizon - height), (x + width, horizon - 4)],
+            unit,
+            (58, 118, 74),
+        )
     _ground(draw, unit, horizon, ground, 2)
 
 
@@ -496,8 +523,15 @@ def _snow(draw, rng, unit, horizon, ground) -> None:  # type: ignore[no-untyped-
     for index in range(3):
         x = 16 + 46 * index + rng.uniform(-10, 10)
         height = rng.uniform(44, 66)
-        _shape(draw, [(x - 34, horizon + 6), (x, horizon - height), (x + 34, horizon + 6)], unit, (150, 172, 204))
-        _shape(draw, [(x - 11, horizon - height * 0.68), (x, horizon - height), (x + 11, horizon - height * 0.68)], unit, (250, 252, 255))
+        _shape(
+            draw, [(x - 34, horizon + 6), (x, horizon - height), (x + 34, horizon + 6)], unit, (150, 172, 204)
+        )
+        _shape(
+            draw,
+            [(x - 11, horizon - height * 0.68), (x, horizon - height), (x + 11, horizon - height * 0.68)],
+            unit,
+            (250, 252, 255),
+        )
     _ground(draw, unit, horizon, ground, 3)
 
 
@@ -514,7 +548,12 @@ def _desert(draw, rng, unit, horizon, ground) -> None:  # type: ignore[no-untype
     for side in (-1, 1):
         x = 64 + side * rng.uniform(42, 54)
         _shape(draw, _stroke([(x, horizon + 8), (x, horizon - 34)], 9, 7), unit, (86, 146, 92))
-        _shape(draw, _stroke([(x, horizon - 10), (x + 10, horizon - 12), (x + 10, horizon - 24)], 6, 5), unit, (86, 146, 92))
+        _shape(
+            draw,
+            _stroke([(x, horizon - 10), (x + 10, horizon - 12), (x + 10, horizon - 24)], 6, 5),
+            unit,
+            (86, 146, 92),
+        )
     _ground(draw, unit, horizon, ground, 4)
 
 
@@ -529,7 +568,14 @@ def _meadow(draw, rng, unit, horizon, ground) -> None:  # type: ignore[no-untype
         _shape(draw, _ellipse(x, y, 2.6, 2.6), unit, (250, 120 + int(rng.integers(120)), 120))
 
 
-_SCENERY = {"forest": _forest, "beach": _beach, "snow": _snow, "night": _night, "desert": _desert, "meadow": _meadow}
+_SCENERY = {
+    "forest": _forest,
+    "beach": _beach,
+    "snow": _snow,
+    "night": _night,
+    "desert": _desert,
+    "meadow": _meadow,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,508 @@
+"""The training loop that every method shares: exact resume, EMA, atomic checkpoints, one or many processes.
+
+Everything random in a step is a pure function of (seed, step, row): the order of the data, the noise, the
+dropout of conditions. So a resumed run continues bit for bit, and several processes draw exactly what one
+process would.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import PitError
+from ..files import check_shapes, load_tensors, save_tensors, write_text_atomic
+
+Item = tuple[int, int]
+"""(epoch, index) of one training example: what an augmentation may depend on, together with its own seed."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """What the loop itself needs to know; a method's own settings live with the method."""
+
+    steps: int
+    batch_size: int  # examples per optimiser step, over all processes and accumulation steps
+    lr: float = 1e-4
+    schedule: str = "constant"  # or "cosine"; both start with a linear warm-up
+    warmup: int = 0
+    final_lr: float = 0.0  # fraction of ``lr`` at the end of the cosine
+    weight_decay: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = 1.0
+    accumulate: int = 1
+    ema_decay: float = 0.9999
+    precision: str = "no"  # or "bf16", "fp16"
+    seed: int = 0
+    save_every: int = 500
+    keep: int = 2
+    log_every: int = 10
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise PitError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.schedule not in ("constant", "cosine"):
+            raise PitError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}.")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise PitError(f"precision must be 'no', 'bf16' or 'fp16', got {self.precision!r}.")
+        if not (0.0 <= self.ema_decay < 1.0):
+            raise PitError(f"ema_decay must lie in [0, 1), got {self.ema_decay}.")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise PitError(f"lr must be a positive number, got {self.lr}.")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step (counted from 0)."""
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.schedule == "constant":
+            return self.lr * warm
+        done = min(max(step - self.warmup, 0) / max(self.steps - self.warmup, 1), 1.0)
+        return self.lr * warm * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class Data(Protocol):
+    """A data set that hands out whole batches."""
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, items: Sequence[Item]) -> Any:
+        """The batch of these (epoch, index) items; must depend on nothing else that changes."""
+        ...
+
+
+class Draws:
+    """Random numbers of one step for this process's rows, the same that a single process would draw."""
+
+    def __init__(
+        self, seed: int, step: int, rows: slice, total: int, device: torch.device | str = "cpu"
+    ) -> None:
+        # 64-bit mixing keeps neighbouring (seed, step) pairs apart.
+        mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 1) % 2**63
+        self._generator = torch.Generator().manual_seed(mixed)
+        self._rows, self._total, self._device = rows, total, device
+
+    def randn(self, *shape: int) -> Tensor:
+        """Standard normals, (rows, *shape)."""
+        return self._mine(torch.randn(self._total, *shape, generator=self._generator))
+
+    def rand(self, *shape: int) -> Tensor:
+        """Uniform in [0, 1), (rows, *shape)."""
+        return self._mine(torch.rand(self._total, *shape, generator=self._generator))
+
+    def randint(self, high: int, *shape: int) -> Tensor:
+        """Integers in [0, high), (rows, *shape)."""
+        return self._mine(torch.randint(high, (self._total, *shape), generator=self._generator))
+
+    def common(self, *shape: int) -> Tensor:
+        """Uniform in [0, 1), shape as given: one decision for the whole batch, the same on every process."""
+        return torch.rand(shape, generator=self._generator).to(self._device)
+
+    def _mine(self, values: Tensor) -> Tensor:
+        return values[self._rows].to(self._device)
+
+
+class Objective(nn.Module):
+    """A method's loss as a module: the trainable parts and the frozen ones it needs.
+
+    Only parameters with ``requires_grad`` are trained, averaged and saved.
+    """
+
+    def forward(self, batch: Any, draws: Draws) -> dict[str, Tensor]:
+        """Losses of this process's rows, each a mean over rows; ``"loss"`` is the one that is minimised."""
+        raise NotImplementedError
+
+    def train_mode(self) -> None:
+        """Put trainable parts in training mode; frozen ones stay in eval."""
+        self.train()
+
+
+@dataclass
+class Result:
+    """How a call of ``train`` ended."""
+
+    step: int
+    finished: bool
+    losses: dict[str, float]
+    seconds: float
+
+
+class _Batches(Dataset[Any]):
+    """Batch number -> batch, so that DataLoader workers prefetch whole batches in order."""
+
+    def __init__(self, data: Data, config: LoopConfig, rank: int, world: int) -> None:
+        self.data, self.config, self.rank, self.world = data, config, rank, world
+
+    def __getitem__(self, number: int) -> Any:
+        step, part = divmod(number, self.config.accumulate)
+        rows = _rows(self.config, part, self.rank, self.world)
+        start = step * self.config.batch_size
+        positions = range(start + rows.start, start + rows.stop)
+        return self.data.fetch([_item(self.config.seed, place, len(self.data)) for place in positions])
+
+
+def _rows(config: LoopConfig, part: int, rank: int, world: int) -> slice:
+    micro = config.batch_size // (config.accumulate * world)
+    start = (part * world + rank) * micro
+    return slice(start, start + micro)
+
+
+_ORDER: dict[tuple[int, int, int], list[int]] = {}
+
+
+def _item(seed: int, position: int, length: int) -> Item:
+    epoch, place = divmod(position, length)
+    key = (seed, epoch, length)
+    if key not in _ORDER:
+        while len(_ORDER) > 2:
+            _ORDER.pop(next(iter(_ORDER)))
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        _ORDER[key] = torch.randperm(length, generator=generator).tolist()
+    return epoch, _ORDER[key][place]
+
+
+def train(
+    objective: Objective,
+    data: Data,
+    config: LoopConfig,
+    out: str | Path,
+    *,
+    validate: Callable[[int], dict[str, float]] | None = None,
+    max_seconds: float | None = None,
+    quiet: bool = False,
+    description: str = "training",
+) -> Result:
+    """Train until ``config.steps``, resuming from the newest checkpoint in ``out``.
+
+    ``validate`` is called at every save, with the averaged (EMA) weights in place. Ctrl-C or ``max_seconds``
+    saves and returns with ``finished=False``. At the end the objective holds the averaged weights.
+
+    Raises PitError when the batch does not divide over the processes, when the checkpoint belongs to other
+    settings, and when the loss or a gradient is not finite (nothing is saved then).
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from diffusers.training_utils import EMAModel
+    from tqdm.auto import tqdm
+
+    out = Path(out)
+    # accelerate remembers the first precision of a process; another stage may want another one.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
+    world, rank = accelerator.num_processes, accelerator.process_index
+    if config.batch_size % (config.accumulate * world):
+        raise PitError(
+            f"batch_size {config.batch_size} does not divide into {config.accumulate} accumulation steps on "
+            f"{world} processes; choose a multiple of their product."
+        )
+    if len(data) < 1:
+        raise PitError("the training set is empty; expected at least one example.")
+
+    named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    if not named:
+        raise PitError("nothing to train: no parameter of this objective requires a gradient.")
+    optimizer = torch.optim.AdamW(
+        list(named.values()), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+    )
+    step = 0
+    newest = latest_checkpoint(out)
+    ema = EMAModel(list(named.values()), decay=config.ema_decay, foreach=True)
+    if newest is not None:
+        step = _load(newest, named, optimizer, ema, accelerator.scaler, config)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    # accelerate may have moved the parameters; the averages follow them.
+    named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    ema.to(accelerator.device)
+
+    loader = DataLoader(
+        _Batches(data, config, rank, world),
+        batch_size=None,
+        sampler=range(step * config.accumulate, config.steps * config.accumulate),
+        num_workers=config.workers,
+        worker_init_fn=_leave_interrupts_to_the_parent,
+    )
+    batches = iter(loader)
+    objective.train_mode()
+    losses: dict[str, float] = {}
+    started, stopped = time.monotonic(), False
+    hidden = quiet or not accelerator.is_main_process
+    bar = tqdm(total=config.steps, initial=step, desc=description, disable=hidden)
+
+    def save_now() -> None:
+        if accelerator.is_main_process:
+            metrics = {**losses, **(_with_average(ema, named, objective, validate, step) if validate else {})}
+            _save(out, step, named, optimizer, ema, accelerator.scaler, config, metrics)
+        accelerator.wait_for_everyone()
+
+    with _prepared(accelerator, objective), _interrupt_flag() as interrupted:
+        while step < config.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr_at(step)
+            losses = _step(accelerator, model, optimizer, batches, config, step, rank, world)
+            ema.step(list(named.values()))
+            step += 1
+            bar.update()
+            if step % config.log_every == 0 and accelerator.is_main_process:
+                bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
+                _log(out, step, {**losses, "lr": config.lr_at(step - 1)})
+            late = max_seconds is not None and time.monotonic() - started > max_seconds
+            stopped = _any_process(accelerator, interrupted() or late)
+            if step % config.save_every == 0 or step == config.steps or stopped:
+                save_now()
+            if stopped:
+                break
+    bar.close()
+    ema.copy_to(list(named.values()))
+    objective.eval()
+    return Result(step, step >= config.steps, losses, time.monotonic() - started)
+
+
+def _step(
+    accelerator: Any,
+    model: nn.Module,
+    optimizer: Any,
+    batches: Iterator[Any],
+    config: LoopConfig,
+    step: int,
+    rank: int,
+    world: int,
+) -> dict[str, float]:
+    """One optimiser step over all accumulation parts; returns the mean losses over all processes."""
+    sums: dict[str, Tensor] = {}
+    for part in range(config.accumulate):
+        batch = _to(next(batches), accelerator.device)
+        rows = _rows(config, part, rank, world)
+        draws = Draws(config.seed, step, rows, config.batch_size, accelerator.device)
+        last = part == config.accumulate - 1
+        with _sync(accelerator, model, last), accelerator.autocast():
+            parts = model(batch, draws)
+            accelerator.backward(parts["loss"] / config.accumulate)
+        for name, value in parts.items():
+            share = value.detach().float() / config.accumulate
+            sums[name] = sums[name] + share if name in sums else share
+    losses = {name: float(accelerator.reduce(value, "mean")) for name, value in sums.items()}
+    _check_finite("loss", losses["loss"], step)
+    norm = accelerator.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    if accelerator.scaler is None:  # with fp16 an overflow is expected: the scaler skips the step
+        _check_finite("gradient's norm", float(norm), step)
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses
+
+
+def _check_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise PitError(
+            f"the {what} became {value} at step {step}; nothing was saved since the last checkpoint: lower "
+            "the learning rate or check the data."
+        )
+
+
+def _any_process(accelerator: Any, flag: bool) -> bool:
+    """Whether one process at least says so: they stop together, or they wait for each other forever."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+
+
+@contextmanager
+def _prepared(accelerator: Any, objective: Objective) -> Iterator[None]:
+    """Take off what accelerate has put on the objective, so that another run can prepare it anew."""
+    try:
+        yield
+    finally:
+        accelerator.unwrap_model(objective, keep_fp32_wrapper=False)
+        objective.__dict__.pop("_is_accelerate_prepared", None)
+
+
+@contextmanager
+def _sync(accelerator: Any, model: nn.Module, last: bool) -> Iterator[None]:
+    if last:
+        yield
+    else:
+        with accelerator.no_sync(model):
+            yield
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: _to(value, device) for key, value in batch.items()}
+    return batch
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    """A terminal sends Ctrl-C to the workers as well; without them the last step could not end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _interrupt_flag() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C sets a flag instead of tearing a step apart; a second one stops at once."""
+    hits: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        hits.append(number)
+        if len(hits) > 1:
+            raise KeyboardInterrupt
+
+    try:
+        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the caller owns the signals
+        previous = {}
+    try:
+        yield lambda: bool(hits)
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Checkpoints: a folder per step, complete or absent.
+
+
+def latest_checkpoint(out: str | Path) -> Path | None:
+    """The newest complete checkpoint folder under ``out``, or None."""
+    found = _complete(Path(out) / "checkpoints")
+    return found[-1] if found else None
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(state.parent for state in folder.glob("step-*/state.json"))
+
+
+def load_average(out: str | Path) -> tuple[int, dict[str, Tensor]]:
+    """Step and averaged (EMA) weights of the newest checkpoint under ``out``."""
+    newest = latest_checkpoint(out)
+    if newest is None:
+        raise PitError(f"no checkpoint was found under {out}; train first.")
+    return int(_state(newest)["step"]), load_tensors(newest / "ema.safetensors")[0]
+
+
+def _with_average(
+    ema: Any,
+    named: dict[str, nn.Parameter],
+    objective: Objective,
+    validate: Callable[[int], dict[str, float]],
+    step: int,
+) -> dict[str, float]:
+    parameters = list(named.values())
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    objective.eval()
+    try:
+        with torch.no_grad():
+            return validate(step)
+    finally:
+        ema.restore(parameters)
+        objective.train_mode()
+
+
+def _save(
+    out: Path,
+    step: int,
+    named: dict[str, nn.Parameter],
+    optimizer: Any,
+    ema: Any,
+    scaler: Any,
+    config: LoopConfig,
+    metrics: dict[str, float],
+) -> None:
+    folder = out / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for broken_off in folder.glob(".writing-*"):
+        shutil.rmtree(broken_off)
+    work = folder / f".writing-{step:08d}"
+    work.mkdir()
+    try:
+        save_tensors(work / "model.safetensors", {name: p.detach() for name, p in named.items()}, {})
+        save_tensors(work / "ema.safetensors", dict(zip(named, ema.shadow_params, strict=True)), {})
+        torch.save(optimizer.state_dict(), work / "optimizer.pt")
+        state = {
+            "step": step,
+            "ema_steps": ema.optimization_step,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "metrics": metrics,
+            "config": asdict(config),
+        }
+        write_text_atomic(work / "state.json", json.dumps(state, indent=1))
+        target = folder / f"step-{step:08d}"
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(work, target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    _log(out, step, {"saved": 1.0, **metrics})
+    for old in _complete(folder)[: -config.keep]:
+        shutil.rmtree(old)
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise PitError(f"the checkpoint {checkpoint} is damaged ({error}); delete this folder.") from error
+    return dict(state)
+
+
+# Settings that may change between a run and its continuation without changing what is learned.
+_FREE = {"steps", "save_every", "keep", "log_every", "workers", "accumulate"}
+
+
+def _refuse_other_settings(newest: Path, was: dict[str, Any], config: LoopConfig) -> None:
+    # The cosine is stretched over the steps, so there they are no free choice.
+    free = _FREE if config.schedule == "constant" else _FREE - {"steps"}
+    now = json.loads(json.dumps(asdict(config)))
+    changed = [f"{k} {was.get(k)} -> {v}" for k, v in now.items() if k not in free and was.get(k) != v]
+    if changed:
+        raise PitError(
+            f"the checkpoint {newest} was made with other settings ({', '.join(changed)}); use them again, "
+            "or another folder."
+        )
+
+
+def _load(
+    newest: Path,
+    named: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    ema: Any,
+    scaler: Any,
+    config: LoopConfig,
+) -> int:
+    state = _state(newest)
+    _refuse_other_settings(newest, state["config"], config)
+    shapes = {name: tuple(p.shape) for name, p in named.items()}
+    tensors, _ = load_tensors(newest / "model.safetensors")
+    averages, _ = load_tensors(newest / "ema.safetensors")
+    for loaded in (tensors, averages):
+        check_shapes(shapes, loaded, f"the checkpoint {newest}, held against this model,")
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(tensors[name])
+    ema.shadow_params = [averages[name].clone() for name in named]
+    ema.optimization_step = state["ema_steps"]
+    optimizer.load_state_dict(torch.load(newest / "optimizer.pt", weights_only=True, map_location="cpu"))
+    if scaler is not None and state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
+    return int(state["step"])
+
+
+def _log(out: Path, step: int, values: dict[str, float]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "log.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, **{k: round(float(v), 6) for k, v in values.items()}}) + "\n")
