@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import PitError
 from ..ip_adapter.adapter import IPAdapter
+from ..ip_adapter.checkpoint import save_ip_adapter
 from ..ip_adapter.processor import install_ip_adapter
 from .loop import Draws, Objective
 
@@ -109,11 +108,14 @@ class IPAdapterObjective(Objective):
         predicted = self._predict(add_noise(latents, noise, self.alphas_cumprod[t]), t, batch)
         return {"loss": F.mse_loss(predicted.float(), noise)}
 
-    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
-        """Write the adapter in the released layout, as safetensors."""
-        from ..ip_adapter.checkpoint import save_ip_adapter
-
-        save_ip_adapter(path, self.adapter, metadata)
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Mapping[str, object] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write the adapter in the released layout, as safetensors; `dtype` None keeps the weights' own."""
+        save_ip_adapter(path, self.adapter, dtype=dtype, metadata=metadata)
 
     def _predict(self, noisy: Tensor, t: Tensor, batch: dict[str, Tensor]) -> Tensor:
         dtype = next(self.unet.parameters()).dtype
