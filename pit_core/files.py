@@ -362,6 +362,16 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and numbers: equal content, equal hash, in any kind of file."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
     """Raise PitError when a tensor holds NaN or infinity; `what` names the file or the object."""
     bad = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
