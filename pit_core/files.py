@@ -18,6 +18,7 @@ import secrets
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -370,6 +371,12 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def common_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The float type that holds all of them; 8-bit floats, which layers cannot compute in, count as fp16."""
+    found = {torch.float16 if t.element_size() == 1 else t.dtype for t in tensors.values()}
+    return reduce(torch.promote_types, found)
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:

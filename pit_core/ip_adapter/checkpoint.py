@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PitError
-from ..files import check_finite, check_shapes, hash_tensors, load_tensors, save_tensors
+from ..files import check_finite, check_shapes, common_dtype, hash_tensors, load_tensors, save_tensors
 from .adapter import IPAdapter, IPLayers
 from .layers import AttentionLayer, describe_plan
 from .resampler import ImageProjection, Resampler
@@ -84,7 +83,7 @@ def adapter_from_tensors(
     config = _read_config(plain, metadata or {}, quoted)
     _check_tensors(plain, config, quoted)
     content_hash = hash_tensors(plain)
-    dtype = dtype or _common_dtype(plain)
+    dtype = dtype or common_dtype(plain)
     if operations is nn:  # nothing to initialise first, the file's tensors become the parameters
         adapter = _build(config, nn, None, "meta")
         adapter.load_state_dict({k: t.to(device, dtype) for k, t in plain.items()}, assign=True)
@@ -285,9 +284,3 @@ def _build(config: dict[str, Any], operations: Any, dtype: torch.dtype | None, d
     kind: Any = Resampler if config["kind"] == "plus" else ImageProjection
     projector = kind(**config["projector"], **options)
     return IPAdapter(projector, IPLayers(config["widths"], projector.output_dim, **options))
-
-
-def _common_dtype(tensors: Tensors) -> torch.dtype:
-    """The widest dtype in the file; 8-bit floats, which layers cannot compute in, count as fp16."""
-    found = {torch.float16 if t.element_size() == 1 else t.dtype for t in tensors.values()}
-    return reduce(torch.promote_types, found)
