@@ -29,6 +29,10 @@ from safetensors.torch import save_file
 from .errors import PitError
 
 MAX_HEADER_BYTES = 32 << 20  # real headers stay below 2 MB; the library itself would take 100 MB
+FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
+RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
+    f"{d}{n}" for d in ("COM", "LPT") for n in range(10)
+}
 MAX_NESTING = 32
 MAX_ENTRIES = 200_000
 NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC), 112}  # 112: Windows' disk full
@@ -74,6 +78,30 @@ def existing_file(path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:  # a name too long for the disk, a NUL in the name, no permission
         raise PitError(f"'{str(path)[:200]!s}' cannot be looked up: {error}.") from error
     raise PitError(f"There is no file '{path}'{_suggestion(path)}.")
+
+
+def inside(folder: str | os.PathLike[str], name: str) -> Path:
+    """The path of `name` below `folder`, for names that come from a workflow or another stranger.
+
+    Subfolders with forward slashes are fine. Raises PitError for whatever could lead elsewhere or means
+    something else on another system: `..`, absolute paths, `~`, backslashes, drive letters, control
+    characters, Windows' reserved names, and links that leave the folder.
+    """
+    for part in name.split("/"):
+        stem = part.partition(".")[0].rstrip().upper()
+        if not part or len(part.encode()) > 200 or part[0] == "~" or part[-1] in ". ":
+            raise PitError(
+                f"{name[:100]!r} is not a usable name; take a plain one without '..', '~' or '//'."
+            )
+        if FORBIDDEN.search(part) or stem in RESERVED:
+            raise PitError(
+                f"{name[:100]!r} holds characters or words that file names cannot have everywhere."
+            )
+    root = os.path.realpath(folder)
+    path = Path(os.path.realpath(os.path.join(root, name)))
+    if not path.is_relative_to(root):
+        raise PitError(f"'{name[:100]}' leads out of the folder '{root}'; name a file inside it.")
+    return path
 
 
 def _suggestion(path: Path) -> str:
@@ -145,16 +173,13 @@ def _checked_header(path: Path) -> dict[str, str]:
         _truncated(path, 8 + length, size)
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
-        needed = (
-            8 + length + max((_end_offset(v) for k, v in header.items() if k != "__metadata__"), default=0)
-        )
+        ends = [_end_offset(entry) for key, entry in header.items() if key != "__metadata__"]
         metadata = {str(k): str(v) for k, v in header.get("__metadata__", {}).items()}
     except KeyError as error:
-        raise PitError(
-            f"'{path.name}' holds the key '{error.args[0]}' twice; it is damaged or hostile."
-        ) from error
-    except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise PitError(f"'{path.name}' holds '{error.args[0]}' twice; it is damaged or hostile.") from error
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
         raise PitError(f"'{path.name}' has a damaged safetensors header; fetch it again.") from error
+    needed = 8 + length + max(ends, default=0)
     if needed > size:
         _truncated(path, needed, size)
     return metadata
@@ -181,7 +206,8 @@ def _truncated(path: Path, needed: int, size: int) -> NoReturn:
 
 def _load_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # given a path, torch would go by its suffix
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise PitError(_pickle_message(path, error)) from error
     except Exception as error:  # torch has no common type for broken archives
@@ -198,10 +224,21 @@ def _load_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         if isinstance(leaf, torch.Tensor):
             if key in tensors:
                 raise PitError(f"'{path.name}' holds the key '{key[:100]}' twice; it is damaged or hostile.")
-            tensors[key] = leaf.detach()
+            tensors[key] = _plain_tensor(key, leaf, path)
         elif isinstance(leaf, str | int | float | bool):
             metadata[key] = leaf if isinstance(leaf, str) else json.dumps(leaf)
     return tensors, metadata
+
+
+def _plain_tensor(key: str, tensor: torch.Tensor, path: Path) -> torch.Tensor:
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise PitError(
+            f"'{path.name}' stores '{key[:100]}' as a sparse or empty shell; plain tensors are needed."
+        )
+    if tensor.nbytes > path.stat().st_size:  # a few bytes that are shown as terabytes by a stride of 0
+        raise PitError(f"'{path.name}' holds '{key[:100]}', larger than the file; it is damaged or hostile.")
+    return tensor
 
 
 def _leaves(value: Any, prefix: str, path: Path, depth: int) -> Iterator[tuple[str, Any]]:
@@ -298,6 +335,8 @@ def _separate_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     seen: set[int] = set()
     ready = {}
     for key, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise PitError(f"'{key}' is a sparse tensor, which safetensors cannot hold; make it dense first.")
         plain = tensor.detach().cpu().contiguous()
         block = plain.untyped_storage()
         if block.data_ptr() in seen or block.nbytes() != plain.nbytes:
