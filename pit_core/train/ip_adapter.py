@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,0 +1,294 @@
+"""Pictures with captions as training data: rows {image_file, text}, decoded on the fly or encoded once.
+
+A picture that cannot be read is reported and left out, never replaced by another or by a blank one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import PitError
+from ..files import existing_file, save_tensors, sha256_of, write_text_atomic
+from ..parts.canvas import flatten
+from ..pictures import read_picture
+from .loop import Item
+
+log = logging.getLogger(__name__)
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example: a picture file below the image root, and its caption."""
+
+    image_file: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A row whose picture can be read: where it is, its content's SHA-256, and its size in pixels."""
+
+    path: Path
+    text: str
+    sha256: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that is left out, and why."""
+
+    image_file: str
+    reason: str
+
+
+# rows
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows of a JSON list or of JSON lines. Other entries of a row are ignored.
+
+    Raises PitError for a file that is neither, and for a row without image_file and text, naming its number.
+    """
+    path = existing_file(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("["):
+            values = list(enumerate(json.loads(text), start=1))
+        else:
+            lines = enumerate(text.split("\n"), start=1)
+            values = [(number, json.loads(line)) for number, line in lines if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise PitError(f"'{path.name}' is neither a JSON list nor JSON lines ({error}).") from error
+    rows = [_row(value, number, path.name) for number, value in values]
+    if not rows:
+        raise PitError(f"'{path.name}' holds no rows; expected {{image_file, text}} ones.")
+    return rows
+
+
+def _row(value: Any, number: int, name: str) -> Row:
+    file = value.get("image_file") if isinstance(value, dict) else None
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(file, str) or not file or not isinstance(text, str):
+        raise PitError(f"Row {number} of '{name}' should be {{image_file, text}} with two texts.")
+    parts = PurePosixPath(file.replace("\\", "/")).parts
+    if ".." in parts or "\0" in file or parts[0] == "/" or PureWindowsPath(file).drive:
+        raise PitError(f"Row {number} of '{name}' names '{file[:100]}', which leaves the image folder.")
+    return Row(file, text)
+
+
+# looking through the pictures once
+
+
+def scan(
+    rows: Sequence[Row], images: Path, index: Path, *, quiet: bool = False
+) -> tuple[list[Picture], list[Skipped]]:
+    """Decode every row's picture once; those that can be read, in order, and those that cannot.
+
+    What was found is kept in the file `index`, so that another run only looks at new and changed files.
+    Raises PitError when no picture can be read.
+    """
+    known = _read_index(index)
+    from tqdm.auto import tqdm
+
+    names = list(dict.fromkeys(row.image_file for row in rows))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        entries = pool.map(lambda name: _look(images / name, known.get(name)), names)
+        found = dict(zip(names, tqdm(entries, "looking at pictures", len(names), disable=quiet), strict=True))
+    write_text_atomic(index, json.dumps(found))
+    pictures, skipped = [], []
+    for row in rows:
+        entry = found[row.image_file]
+        if "error" in entry:
+            skipped.append(Skipped(row.image_file, entry["error"]))
+        else:
+            size = (entry["sha256"], entry["width"], entry["height"])
+            pictures.append(Picture(images / row.image_file, row.text, *size))
+    _report(skipped, len(rows))
+    if not pictures:
+        raise PitError(f"None of the {len(rows)} pictures can be read; the first: {skipped[0].reason}")
+    return pictures, skipped
+
+
+def _read_index(index: Path) -> dict[str, Any]:
+    """What is not readable is made anew; the index is only a memory."""
+    try:
+        loaded = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _look(path: Path, known: Any) -> dict[str, Any]:
+    try:
+        status = path.stat()
+    except OSError:
+        return {"error": f"There is no file '{path}'."}
+    stamp = [status.st_size, status.st_mtime_ns]
+    if isinstance(known, dict) and known.get("stamp") == stamp:
+        return known
+    try:
+        width, height = read_picture(path).size
+        return {"stamp": stamp, "sha256": sha256_of(path), "width": width, "height": height}
+    except PitError as error:
+        return {"stamp": stamp, "error": str(error)}
+
+
+def _report(skipped: Sequence[Skipped], total: int) -> None:
+    if skipped:
+        shown = " ".join(item.reason for item in skipped[:3])
+        more = f" (and {len(skipped) - 3} more)" if len(skipped) > 3 else ""
+        log.warning("%d of %d rows are left out: %s%s", len(skipped), total, shown, more)
+
+
+def save_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
+    """Write the rows that are left out, one JSON line each."""
+    write_text_atomic(path, "".join(json.dumps(asdict(item)) + "\n" for item in skipped))
+
+
+# one picture
+
+
+def centre_square(image: Image.Image, side: int) -> tuple[Image.Image, list[int]]:
+    """The short edge scaled to `side`, the middle of the long one kept: RGB, with SDXL's time ids.
+
+    The ids are (original height, original width, crop top, crop left, side, side). Podell et al. 2023, "SDXL"
+    (arXiv 2307.01952), section 2.2. Transparency is laid on white.
+    """
+    width, height = image.size
+    scale = side / min(width, height)
+    size = (max(side, round(width * scale)), max(side, round(height * scale)))
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    resized = flatten(image).resize(size, Image.Resampling.LANCZOS)
+    return resized.crop((left, top, left + side, top + side)), [height, width, top, left, side, side]
+
+
+class Captioned:
+    """Decoded pictures and tokenised captions, made anew for every batch: what `Encoders` reads.
+
+    `tokenize` takes captions to ids (B, encoders, T), `preprocess` a picture to the normalised pixels
+    (1, 3, h, w) that the image encoder reads.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        resolution: int,
+        tokenize: Callable[[Sequence[str]], Tensor],
+        preprocess: Callable[[Image.Image], Tensor],
+    ) -> None:
+        self.pictures, self.resolution = pictures, resolution
+        self.tokenize, self.preprocess = tokenize, preprocess
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def fetch(self, items: Sequence[Item]) -> Tensors:
+        chosen = [self.pictures[index] for _, index in items]
+        squares, clips, ids = zip(*(self._one(picture) for picture in chosen), strict=True)
+        return {
+            "pixels": torch.stack(squares),
+            "clip_pixels": torch.cat(clips),
+            "time_ids": torch.tensor(ids, dtype=torch.float32),
+            "ids": self.tokenize([picture.text for picture in chosen]),
+        }
+
+    def _one(self, picture: Picture) -> tuple[Tensor, Tensor, list[int]]:
+        image = flatten(read_picture(picture.path))
+        square, time_ids = centre_square(image, self.resolution)
+        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # HWC -> CHW
+        return pixels, self.preprocess(image), time_ids
+
+
+# encoded once
+
+
+class Shards:
+    """Encoded examples in safetensors files of `size` rows each, which any process can read at random.
+
+    A shard's name is a hash of what went into it: the pictures' content, the captions, and `key` (the models
+    and settings that encoded them). So a shard is right or absent, and an interrupted build goes on.
+    """
+
+    def __init__(self, folder: Path, pictures: Sequence[Picture], key: str, size: int = 64) -> None:
+        self.folder, self.pictures, self.key, self.size = folder, pictures, key, size
+        starts = range(0, len(pictures), size)
+        self.names = [self._name(pictures[start : start + size]) for start in starts]
+        self._open: OrderedDict[int, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}  # open files stay with their process
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not on disk yet; of shards with the same content only the first."""
+        absent: dict[str, int] = {}
+        for number, name in enumerate(self.names):
+            if not (self.folder / name).is_file():
+                absent.setdefault(name, number)
+        return list(absent.values())
+
+    def build(
+        self,
+        numbers: Iterable[int],
+        source: Captioned,
+        encode: Callable[[Tensors], Tensors],
+        *,
+        batch_size: int = 8,
+    ) -> None:
+        """Encode and write these shards; `source` hands out the same pictures, `encode` runs the models."""
+        for number in numbers:
+            rows = range(number * self.size, min((number + 1) * self.size, len(self)))
+            parts = [
+                encode(source.fetch([(0, row) for row in rows[start : start + batch_size]]))
+                for start in range(0, len(rows), batch_size)
+            ]
+            whole = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+            save_tensors(self.folder / self.names[number], whole, {"key": self.key})
+
+    def fetch(self, items: Sequence[Item]) -> Tensors:
+        rows = [self._read(index) for _, index in items]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _name(self, pictures: Sequence[Picture]) -> str:
+        digest = sha256(self.key.encode())
+        for picture in pictures:
+            digest.update(f"{picture.sha256} {sha256(picture.text.encode()).hexdigest()}\n".encode())
+        return f"{digest.hexdigest()[:40]}.safetensors"
+
+    def _read(self, index: int) -> Tensors:
+        number, row = divmod(index, self.size)
+        try:
+            file = self._file(number)
+            return {name: file.get_slice(name)[row].clone() for name in file.keys()}
+        except (SafetensorError, OSError, IndexError) as error:
+            path = self.folder / self.names[number]
+            raise PitError(f"The cached shard '{path}' cannot be read ({error}); delete it.") from error
+
+    def _file(self, number: int) -> Any:
+        if number not in self._open:
+            while len(self._open) >= 32:
+                self._open.popitem(last=False)
+            self._open[number] = safe_open(str(self.folder / self.names[number]), framework="pt")
+        self._open.move_to_end(number)
+        return self._open[number]
