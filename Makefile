@@ -61,6 +61,6 @@ $(READY):
 	@if [ -n "$(TORCH_INDEX)" ]; then echo "$(TORCH_INDEX)" > .venv/.torch-index; fi
 	@echo "  2/2 everything else"
 	@$(PIP) install -c constraints.txt -e ".[headless,train,dev]"
-	@$(PY) -c "import accelerate, diffusers, pit_core, torch, transformers, typer" || { \
+	@$(PY) -c "import accelerate, diffusers, importlinter, pit_core, pytest, torch, transformers, typer" || { \
 		echo "The environment is incomplete. Run 'make clean', then the same command again." >&2; exit 1; }
 	@touch $@
