@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -78,6 +79,11 @@ class Critter:
 
     def part(self, kind: str) -> Part | None:
         return getattr(self, kind)
+
+    def having(self, kind: str, part: Part) -> Critter:
+        """This critter with one part replaced."""
+        changes: dict[str, Any] = {kind: part}
+        return replace(self, **changes)
 
     def parts(self) -> dict[str, Part]:
         """The parts that this critter has, by kind."""
@@ -335,7 +341,7 @@ def _roles(colour: str, style: str) -> dict[str, tuple[int, int, int]]:
         "light": main + (255 - main) * 0.55,
         "white": np.array((255, 255, 255), float),
         "black": np.array((40, 34, 48), float),
-        "line": main * 0.62,
+        "line": main * 0.78,
     }
     if style == "sketch":
         line = roles["line"]
@@ -359,7 +365,7 @@ def draw_layer(critter: Critter, kind: str, size: int, supersample: int = 2) -> 
         placed = _placed(points, critter.pose, wide)
         draw.polygon(placed, fill=roles[role])
         if role in ("main", "white", "dark"):
-            line = roles["black"] if role == "white" and critter.style != "sketch" else roles["line"]
+            line = roles["line"]
             draw.line([*placed, placed[0], placed[1]], fill=line, width=outline, joint="curve")
     if critter.style == "stripes":
         layer = _striped(layer, unit)
@@ -370,7 +376,7 @@ def _striped(layer: Image.Image, unit: float) -> Image.Image:
     pixels = np.array(layer)
     y, x = np.mgrid[: pixels.shape[0], : pixels.shape[1]]
     dark = ((x + y) / unit % 12 < 5)[..., None]
-    rgb = np.where(dark, pixels[..., :3] * 0.66, pixels[..., :3])
+    rgb = np.where(dark, pixels[..., :3] * 0.72, pixels[..., :3])
     return Image.fromarray(np.concatenate([rgb.astype(np.uint8), pixels[..., 3:]], -1), "RGBA")
 
 
@@ -406,7 +412,7 @@ def _premultiplied_resize(image: Image.Image, size: int) -> Image.Image:
     factor = image.size[0] / size
     soft = image.convert("RGBa")
     if factor > 1:
-        soft = soft.filter(ImageFilter.GaussianBlur(0.42 * factor))
+        soft = soft.filter(ImageFilter.GaussianBlur(0.8 * factor))
     return soft.resize((size, size), Image.Resampling.BOX).convert("RGBA")
 
 
@@ -415,7 +421,8 @@ def _pixelate(image: Image.Image) -> Image.Image:
     blocks = max(size // 4, 1)
     small = image.convert("RGBa").resize((blocks, blocks), Image.Resampling.BOX).convert("RGBA")
     small.putalpha(small.getchannel("A").point(lambda a: 255 if a > 110 else 0))
-    return small.resize((size, size), Image.Resampling.NEAREST)
+    large = small.resize((size, size), Image.Resampling.NEAREST).convert("RGBa")
+    return large.filter(ImageFilter.GaussianBlur(0.5)).convert("RGBA")
 
 
 def render(
@@ -436,7 +443,7 @@ def render_part(critter: Critter, kind: str, size: int = CANVAS, *, fill: float 
     )
     canvas = Image.new("RGBA", (size, size), (255, 255, 255, 255))
     canvas.alpha_composite(small.convert("RGBA"), ((size - small.width) // 2, (size - small.height) // 2))
-    return canvas.convert("RGB")
+    return canvas.convert("RGB").filter(ImageFilter.GaussianBlur(0.6))
 
 
 def cut_out_part(critter: Critter, kind: str, size: int, supersample: int = 2) -> Image.Image:

@@ -52,7 +52,12 @@ class Picture:
             return np.asarray(critters.render(self.critter))
         return np.asarray(critters.render_part(self.critter, self.view, fill=self.fill))
 
+    def drawn(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels and labels."""
+        return self.draw(), labels_of(self.critter, self.view)
+
     def caption(self, rng: np.random.Generator | None = None) -> str:
+        """The picture in words; ``rng`` varies them."""
         if self.view == "whole":
             return critters.caption(self.critter, rng)
         return critters.part_caption(self.critter, self.view)
@@ -92,8 +97,12 @@ def concept_pictures(seed: int, index: int) -> list[Picture]:
     return [Picture(critter), *(part_view(critter, kind, rng) for kind in critter.parts())]
 
 
+Drawn = tuple[np.ndarray, np.ndarray]
+"""Pixels (128, 128, 3) uint8 and labels (LABELS,)."""
+
+
 def draw_set(
-    folder: Path, name: str, make: Callable[[int], list[Picture]], count: int, *, quiet: bool = False
+    folder: Path, name: str, make: Callable[[int], list[Drawn]], count: int, *, quiet: bool = False
 ) -> PictureSet:
     """Draw ``count`` groups of pictures into ``folder/name``, or open them when they are there already."""
     target = folder / name
@@ -110,14 +119,14 @@ def draw_set(
     return PictureSet(target)
 
 
-def _draw_chunk(job: tuple[str, Callable[[int], list[Picture]], Sequence[int]]) -> int:
+def _draw_chunk(job: tuple[str, Callable[[int], list[Drawn]], Sequence[int]]) -> int:
     path, make, indices = job
     if not os.path.exists(path):
         pixels, labels, groups = [], [], []
         for index in indices:
-            for picture in make(index):
-                pixels.append(picture.draw())
-                labels.append(labels_of(picture.critter, picture.view))
+            for picture, label in make(index):
+                pixels.append(picture)
+                labels.append(label)
                 groups.append(index)
         with open(path + ".part", "wb") as file:
             np.savez(file, pixels=np.stack(pixels), labels=np.stack(labels), groups=np.array(groups))

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..concepts import Stack
+from ..errors import PitError
+from ..files import load_tensors
+from ..ip_adapter.pixels import CLIP_MEAN, CLIP_STD
+from ..render import Renderer, RenderSettings
 from .critters import CANVAS
+from .tokenizer import WordTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
 TEXT_WIDTH = 96
 PROJECTION = 96
 VISION_WIDTH = 128
-TEXT_LENGTH = 48
+TEXT_LENGTH = 40
 # ComfyUI scales SDXL latents by this; the miniature's VAE is normalised to it after training.
 SDXL_LATENT_SCALE = 0.13025
+# Enough for pictures this small, and seconds on a laptop.
+DEFAULTS = RenderSettings(steps=25, guidance=3.0, batch=16)
 
 
 def build_vae(latent_channels: int = 4) -> Any:
@@ -90,7 +100,7 @@ def build_text_encoder(vocabulary: int) -> Any:
         projection_dim=PROJECTION,
         hidden_act="gelu",
         bos_token_id=1,
-        eos_token_id=2,
+        eos_token_id=3,  # 2 would mean "the highest id" to transformers
         pad_token_id=0,
     )
     return CLIPTextModelWithProjection(config)
@@ -115,7 +125,7 @@ def normalise_latents(vae: Any, mean: Tensor, std: Tensor, scale: float, shift: 
 class ConvReader(nn.Module):
     """The attribute reader used while tuning: a small residual convolutional network."""
 
-    def __init__(self, outputs: int, widths: tuple[int, ...] = (24, 48, 80, 112)) -> None:
+    def __init__(self, outputs: int, widths: tuple[int, ...] = (24, 48, 80, 96)) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, widths[0], 5, stride=2, padding=2)
         stages: list[nn.Module] = []
@@ -124,7 +134,7 @@ class ConvReader(nn.Module):
         self.stages = nn.Sequential(*stages)
         # Position matters (a second pair of wings, a tail on the wrong side), so the grid is kept.
         self.head = nn.Sequential(
-            nn.Flatten(), nn.Linear(widths[-1] * 16, 192), nn.GELU(), nn.Linear(192, outputs)
+            nn.Flatten(), nn.Linear(widths[-1] * 16, 128), nn.GELU(), nn.Linear(128, outputs)
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -166,3 +176,140 @@ class PatchReader(nn.Module):
         patches = self.stem(pixels).flatten(2).transpose(1, 2)
         x = torch.cat([self.summary.expand(len(patches), -1, -1), patches], 1) + self.position
         return self.head(self.layers(x)[:, 0])
+
+
+def clip_pixels(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> CLIP's normalised pixels."""
+    mean = torch.tensor(CLIP_MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(CLIP_STD).view(1, 3, 1, 1)
+    return ((pixels + 1) / 2 - mean) / std
+
+
+def encode_text(text_encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Penultimate states (B, T, TEXT_WIDTH) and pooled projection (B, PROJECTION), as SDXL reads its second encoder."""
+    out = text_encoder(ids, output_hidden_states=True)
+    return out.hidden_states[-2], out.text_embeds
+
+
+def build_resampler() -> Any:
+    """The Plus projection: 65 features of width 128 -> 16 tokens of width 96."""
+    from ..ip_adapter.resampler import Resampler
+
+    return Resampler(
+        dim=VISION_WIDTH,
+        depth=2,
+        dim_head=32,
+        heads=4,
+        num_queries=16,
+        embedding_dim=VISION_WIDTH,
+        output_dim=TEXT_WIDTH,
+        ff_mult=4,
+    )
+
+
+def build_prior() -> Any:
+    """The IP-Prior at 2 M parameters."""
+    from ..ip_prior.model import IPPrior, init_for_training
+
+    prior = IPPrior(embedding_dim=TEXT_WIDTH, hidden_dim=160, n_layers=4, n_heads=5)
+    init_for_training(prior)
+    return prior
+
+
+def build_scheduler() -> Any:
+    """SDXL's Euler schedule."""
+    from diffusers import EulerDiscreteScheduler
+
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+
+
+def build_reader(name: str) -> nn.Module:
+    """The attribute reader "tuning" or "judge"; they differ in architecture so that their mistakes do, too."""
+    from .reader import OUTPUTS
+
+    return ConvReader(OUTPUTS) if name == "tuning" else PatchReader(OUTPUTS)
+
+
+def image_features(image_encoder: Any, pixels: Tensor) -> Tensor:
+    """(B, 3, 128, 128) in [-1, 1] -> penultimate states (B, 65, VISION_WIDTH), what a Plus adapter reads."""
+    return image_encoder(clip_pixels(pixels), output_hidden_states=True).hidden_states[-2]
+
+
+def grey() -> Tensor:
+    """The grey null, (1, 3, 128, 128) in [-1, 1]: zero after CLIP's normalisation."""
+    return (2 * torch.tensor(CLIP_MEAN) - 1).view(1, 3, 1, 1).expand(1, 3, CANVAS, CANVAS)
+
+
+def load_stack(
+    weights: Path = WEIGHTS, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Stack:
+    """The miniature as a whole: the shipped files through the loaders that read the full-size ones.
+
+    Raises PitError when a file is missing or damaged.
+    """
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    from ..ip_adapter.checkpoint import load_ip_adapter
+    from ..ip_adapter.encode import load_image_encoder
+    from ..ip_prior.checkpoint import load_prior
+
+    if not (weights / "manifest.json").is_file():
+        raise PitError(
+            f"The miniature's weights are missing from {weights.name}; install the complete package."
+        )
+    adapter = load_ip_adapter(weights / "ip_adapter_plus.safetensors", dtype=dtype, device=device)
+    prior, info = load_prior(weights / "ip_prior.safetensors", dtype=torch.float32, device=device)
+    encoder = load_image_encoder(weights / "image_encoder.safetensors", dtype=dtype, device=device)
+    options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    pipe = StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_pretrained(weights / "vae", **options),
+        unet=UNet2DConditionModel.from_pretrained(weights / "unet", **options),
+        scheduler=build_scheduler(),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        add_watermarker=False,
+    ).to(device)
+    text_encoder = load_text_encoder(weights / "text_encoder.safetensors").to(device, dtype)
+    renderer = Renderer(pipe, adapter, encode_prompt=prompt_encoder(text_encoder))
+    hashes = {name: entry["sha256"] for name, entry in read_manifest(weights)["files"].items()}
+    return Stack(encoder, adapter, prior, info, renderer, "miniature", DEFAULTS, hashes)
+
+
+def read_manifest(weights: Path = WEIGHTS) -> dict[str, Any]:
+    """The shipped weights' record: per file its hash, seed, steps, and the figure it was accepted at."""
+    return json.loads((weights / "manifest.json").read_text("utf-8"))
+
+
+def load_text_encoder(path: Path) -> Any:
+    """The text tower from one safetensors file."""
+    tensors, _ = load_tensors(path)
+    model = build_text_encoder(len(WordTokenizer(TEXT_LENGTH)))
+    model.load_state_dict({name: value.float() for name, value in tensors.items()})
+    return model.eval().requires_grad_(False)
+
+
+def prompt_encoder(text_encoder: Any) -> Callable[[list[str]], tuple[Tensor, Tensor]]:
+    """Texts -> (embeddings, pooled), as a Renderer takes them."""
+    tokenizer = WordTokenizer(TEXT_LENGTH)
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
+        return encode_text(text_encoder, tokenizer(texts).to(text_encoder.device))
+
+    return encode
+
+
+def load_reader(name: str = "judge", weights: Path = WEIGHTS) -> nn.Module:
+    """A shipped attribute reader; "judge" reports the figures, "tuning" was looked at while tuning."""
+    tensors, _ = load_tensors(weights / f"reader_{name}.safetensors")
+    model = build_reader(name)
+    model.load_state_dict({key: value.float() for key, value in tensors.items()})
+    return model.eval().requires_grad_(False)

@@ -5,100 +5,133 @@ The stages reuse ``pit_core.train``: the loop for all of them, and the IP-Adapte
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..train.loop import Draws, Item, LoopConfig, Objective, Result, train
-from . import data, models
+from ..errors import PitError
+from ..files import load_tensors, save_tensors
+from ..ip_adapter.adapter import IPAdapter, new_ip_adapter
+from ..ip_prior.model import IPPrior
+from ..train.ip_adapter import Dropout, IPAdapterObjective
+from ..train.ip_prior import IPPriorObjective
+from ..train.loop import LoopConfig, Objective, Result, latest_checkpoint, load_average, train
+from . import data, models, reader
+from .batches import Captioned, Captioner, Concepts, Conditioned, Pictures, cached, to_pixels
+from .corrupt import corrupt
+from .critters import STYLES, random_critter
 from .data import PictureSet
 from .tokenizer import WordTokenizer
 
-WORLD_SEED, CHECK_SEED, CONCEPT_SEED, CORRUPT_SEED = 11, 12, 21, 31
+# Seeds of the picture sets; the check sets hold combinations that no training set contains.
+WORLD, WORLD_CHECK, CONCEPTS, READER, READER_CHECK = 11, 12, 21, 31, 32
+SLOTS = 3  # parts that the prior is trained with, at most
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Picture sets
+
+
+def _world(index: int) -> list[data.Picture]:
+    return [data.world_picture(WORLD, index)]
+
+
+def _concepts(index: int) -> list[data.Picture]:
+    return data.concept_pictures(CONCEPTS, index)
+
+
+def _draw_world(index: int) -> list[data.Drawn]:
+    return [picture.drawn() for picture in _world(index)]
+
+
+def _draw_world_check(index: int) -> list[data.Drawn]:
+    return [data.world_picture(WORLD_CHECK, index, held_out=True).drawn()]
+
+
+def _draw_concepts(index: int) -> list[data.Drawn]:
+    return [picture.drawn() for picture in _concepts(index)]
+
+
+def _draw_reader(index: int) -> list[data.Drawn]:
+    return [_reader_picture(np.random.default_rng([READER, index]), False)]
+
+
+def _draw_reader_check(index: int) -> list[data.Drawn]:
+    """Clean pictures at even places, damaged ones at odd places."""
+    return [_reader_picture(np.random.default_rng([READER_CHECK, index]), True, damaged=index % 2 == 1)]
+
+
+def _reader_picture(rng: np.random.Generator, held_out: bool, damaged: bool | None = None) -> data.Drawn:
+    styles = STYLES if rng.random() < 0.25 else ("flat",)
+    scenes = data.SCENES if rng.random() < 0.3 else ("plain",)
+    critter = random_critter(
+        rng, styles=styles, scenes=scenes, posed=float(rng.random()), held_out=True if held_out else None
+    )
+    if damaged is None:
+        damaged = bool(rng.random() < 0.5)
+    return corrupt(critter, rng) if damaged else (data.Picture(critter).drawn())
 
 
 def pictures(out: Path, name: str) -> PictureSet:
     """A picture set by name, drawn on first use."""
     make, count = {
-        "world": (_world, 30000),
-        "world-check": (_world_check, 500),
-        "concepts": (_concepts, 20000),
+        "world": (_draw_world, 30000),
+        "world-check": (_draw_world_check, 500),
+        "concepts": (_draw_concepts, 20000),
+        "reader": (_draw_reader, 30000),
+        "reader-check": (_draw_reader_check, 2000),
     }[name]
     return data.draw_set(out / "pictures", name, make, count)
 
 
-def _world(index: int) -> list[data.Picture]:
-    return [data.world_picture(WORLD_SEED, index)]
-
-
-def _world_check(index: int) -> list[data.Picture]:
-    return [data.world_picture(CHECK_SEED, index, held_out=True)]
-
-
-def _concepts(index: int) -> list[data.Picture]:
-    return data.concept_pictures(CONCEPT_SEED, index)
-
-
-def to_pixels(images: np.ndarray) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
-    return (
-        torch.from_numpy(np.ascontiguousarray(images))
-        .permute(0, 3, 1, 2)
-        .contiguous()
-        .float()
-        .div(127.5)
-        .sub(1.0)
-    )
-
-
-class Pictures:
-    """Batches of pictures, whole or as square crops; of three random crops the liveliest is taken."""
-
-    def __init__(self, pictures: PictureSet, crop: int | None = None) -> None:
-        self.pictures, self.crop = pictures, crop
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def fetch(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        if self.crop is None:
-            return {"pixels": to_pixels(self.pictures.pixels[[index for _, index in items]])}
-        return {"pixels": to_pixels(np.stack([self._lively_crop(item) for item in items]))}
-
-    def _lively_crop(self, item: Item) -> np.ndarray:
-        rng = np.random.default_rng(item)
-        picture = self.pictures.pixels[item[1]]
-        corners = rng.integers(0, picture.shape[0] - self.crop + 1, (3, 2))
-        crops = [picture[y : y + self.crop, x : x + self.crop] for y, x in corners]
-        return max(crops, key=lambda crop: float(crop[::4, ::4].std()))
+def captioner(out: Path, neutral: float = 0.0) -> Captioner:
+    folder = out / "pictures"
+    return Captioner({folder / "world": _world, folder / "concepts": _concepts}, neutral)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# VAE
+# Stages
 
 
-class VAEObjective(Objective):
-    """Reconstruction (L1 and L2) with a light pull of the posterior towards the standard normal."""
+def load_stage(objective: Objective, out: Path, stage: str) -> int:
+    """Put a stage's averaged weights into its objective; returns the step that they were taken at."""
+    step, tensors = load_average(out / stage)
+    named = dict(objective.named_parameters())
+    with torch.no_grad():
+        for name, value in tensors.items():
+            named[name].copy_(value)
+    objective.eval()
+    return step
 
-    def __init__(self, vae: Any, kl: float = 5e-5) -> None:
-        super().__init__()
-        self.vae, self.kl = vae, kl
 
-    def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
-        pixels = batch["pixels"]
-        posterior = self.vae.encode(pixels).latent_dist
-        noise = draws.randn(*posterior.mean.shape[1:])
-        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
-        mse, mae = F.mse_loss(decoded, pixels), F.l1_loss(decoded, pixels)
-        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
-        return {"loss": mae + 5 * mse + self.kl * kl, "mse": mse, "kl": kl}
+def train_encoders(out: Path, **options: Any) -> Result:
+    """Text and image encoder, contrastive, on the world and on the concepts' parts."""
+    from .objectives import ContrastiveObjective
+
+    torch.manual_seed(2)
+    tokenizer = WordTokenizer(models.TEXT_LENGTH)
+    objective = ContrastiveObjective(models.build_image_encoder(), models.build_text_encoder(len(tokenizer)))
+    batches = Captioned(
+        Pictures([pictures(out, "world"), pictures(out, "concepts")]), captioner(out), tokenizer
+    )
+    config = LoopConfig(
+        steps=900,
+        batch_size=128,
+        lr=1.2e-3,
+        schedule="cosine",
+        warmup=60,
+        weight_decay=0.02,
+        betas=(0.9, 0.98),
+        ema_decay=0.99,
+        precision="bf16",
+        seed=2,
+        save_every=100,
+    )
+    return train(objective, batches, config, out / "encoders", description="encoders", **options)
 
 
 @torch.no_grad()
@@ -112,139 +145,338 @@ def reconstruction_db(vae: Any, pixels: Tensor) -> float:
     return float(torch.cat(values).mean())
 
 
-def train_vae(out: Path, *, max_seconds: float | None = None) -> Result:
+def train_vae(out: Path, **options: Any) -> Result:
+    """The VAE on lively crops."""
+    from .objectives import VAEObjective
+
+    torch.manual_seed(1)
     vae = models.build_vae()
     check = to_pixels(pictures(out, "world-check").pixels[:100])
     config = LoopConfig(
-        steps=6000, batch_size=8, lr=8e-4, schedule="cosine", warmup=200, weight_decay=0.0, betas=(0.9, 0.99),
-        ema_decay=0.998, precision="bf16", seed=1, save_every=250,
-    )  # fmt: skip
-    objective = VAEObjective(vae)
-    data_ = Pictures(pictures(out, "world"), crop=64)
+        steps=10000,
+        batch_size=8,
+        lr=1e-3,
+        schedule="cosine",
+        warmup=200,
+        weight_decay=0.0,
+        betas=(0.9, 0.99),
+        ema_decay=0.998,
+        precision="bf16",
+        seed=1,
+        save_every=250,
+    )
     return train(
-        objective, data_, config, out / "vae", description="vae", max_seconds=max_seconds,
+        VAEObjective(vae),
+        Pictures([pictures(out, "world")], crop=64),
+        config,
+        out / "vae",
+        description="vae",
         validate=lambda step: {"db": reconstruction_db(vae, check)},
-    )  # fmt: skip
+        **options,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text and image encoder
+def trained_reader(out: Path, name: str) -> nn.Module:
+    from .objectives import ReaderObjective
+
+    model = models.build_reader(name)
+    load_stage(ReaderObjective(model), out, f"reader-{name}")
+    return model.requires_grad_(False)
 
 
-class Captioned:
-    """Pictures of several sets with their captions as token ids and their labels; captions vary with the epoch."""
+def train_reader(out: Path, name: str, **options: Any) -> Result:
+    """The attribute reader ``name``: "tuning" (convolutional) or "judge" (a transformer)."""
+    from .objectives import ReaderObjective
 
-    def __init__(
-        self, sets: Sequence[tuple[PictureSet, Callable[[int], list[data.Picture]]]], tokenizer: WordTokenizer
-    ) -> None:
-        self.sets, self.tokenizer = sets, tokenizer
-        self.starts = np.cumsum([0, *(len(pictures) for pictures, _ in sets)])
+    seed = {"tuning": 3, "judge": 4}[name]
+    torch.manual_seed(seed)
+    model = models.build_reader(name)
+    check = pictures(out, "reader-check")
+    pixels = to_pixels(check.pixels[:])
 
-    def __len__(self) -> int:
-        return int(self.starts[-1])
+    def validate(step: int) -> dict[str, float]:
+        readings = reader.read(model, pixels)
+        even, odd = slice(0, None, 2), slice(1, None, 2)
+        clean = reader.accuracy(readings.rows(even), check.labels[even])
+        damaged = reader.accuracy(readings.rows(odd), check.labels[odd])
+        return {f"clean_{k}": v for k, v in clean.items()} | {f"damaged_{k}": v for k, v in damaged.items()}
 
-    def describe(self, item: Item) -> tuple[np.ndarray, np.ndarray, str]:
-        epoch, index = item
-        which = int(np.searchsorted(self.starts, index, side="right")) - 1
-        pictures, make = self.sets[which]
-        row = index - int(self.starts[which])
-        group = int(pictures.groups[row])
-        place = row - int(np.searchsorted(pictures.groups, group))
-        caption = make(group)[place].caption(np.random.default_rng([*item, 5]))
-        return pictures.pixels[row], pictures.labels[row], caption
-
-    def fetch(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        pixels, labels, captions = zip(*(self.describe(item) for item in items), strict=True)
-        return {
-            "pixels": to_pixels(np.stack(pixels)),
-            "labels": torch.from_numpy(np.stack(labels)),
-            "text": self.tokenizer(captions),
-        }
-
-
-# CLIP normalisation, as the full-size encoder's preprocessing applies it.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def clip_pixels(pixels: Tensor) -> Tensor:
-    """[-1, 1] -> CLIP's normalised pixels, (B, 3, H, W)."""
-    mean = torch.tensor(CLIP_MEAN).view(1, 3, 1, 1)
-    std = torch.tensor(CLIP_STD).view(1, 3, 1, 1)
-    return ((pixels + 1) / 2 - mean) / std
-
-
-class ContrastiveObjective(Objective):
-    """CLIP's symmetric loss, equal captions counted as matches, and a linear read-out of the attributes."""
-
-    def __init__(self, image_encoder: Any, text_encoder: Any) -> None:
-        super().__init__()
-        self.image_encoder, self.text_encoder = image_encoder, text_encoder
-        self.readout = nn.Linear(models.PROJECTION, READER_OUTPUTS)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
-
-    def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
-        image = self.image_encoder(clip_pixels(batch["pixels"])).image_embeds.float()
-        text = self.text_encoder(batch["text"], attention_mask=None).text_embeds.float()
-        scale = self.logit_scale.exp().clamp(max=100)
-        logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
-        same = (batch["text"][:, None] == batch["text"][None]).all(-1).float()
-        target = same / same.sum(1, keepdim=True)
-        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        read = reader_loss(self.readout(image), batch["labels"])
-        right = same[torch.arange(len(same)), logits.argmax(1)].mean()
-        return {"loss": contrast + read, "contrast": contrast, "read": read, "right": right}
-
-
-def train_encoders(out: Path, *, max_seconds: float | None = None) -> Result:
-    tokenizer = WordTokenizer(models.TEXT_LENGTH)
-    objective = ContrastiveObjective(models.build_image_encoder(), models.build_text_encoder(len(tokenizer)))
-    sets = [(pictures(out, "world"), _world), (pictures(out, "concepts"), _concepts)]
     config = LoopConfig(
-        steps=2500, batch_size=128, lr=1.2e-3, schedule="cosine", warmup=100, weight_decay=0.02, betas=(0.9, 0.98),
-        ema_decay=0.998, precision="bf16", seed=2, save_every=250,
-    )  # fmt: skip
+        steps=4500 if name == "tuning" else 3000,
+        batch_size=64,
+        lr=1e-3,
+        schedule="cosine",
+        warmup=150,
+        weight_decay=0.02,
+        ema_decay=0.998,
+        precision="bf16",
+        seed=seed,
+        save_every=500,
+    )
+    return train(
+        ReaderObjective(model),
+        Pictures([pictures(out, "reader")]),
+        config,
+        out / f"reader-{name}",
+        description=f"reader {name}",
+        validate=validate,
+        **options,
+    )
+
+
+def trained_vae(out: Path) -> Any:
+    """The VAE with its latents normalised to SDXL's scale; its decoder is the finished one when there is one."""
+    from .objectives import DecoderObjective, VAEObjective
+
+    vae = models.build_vae()
+    load_stage(VAEObjective(vae), out, "vae")
+    if latest_checkpoint(out / "decoder"):
+        load_stage(DecoderObjective(vae), out, "decoder")
+    vae.requires_grad_(False)
+    path = out / "vae" / "latents.safetensors"
+    if not path.exists():
+        with torch.no_grad():
+            pixels = to_pixels(pictures(out, "world").pixels[:1000])
+            latents = torch.cat([vae.encode(rows).latent_dist.mode() for rows in pixels.split(50)])
+        save_tensors(path, {"mean": latents.mean(dim=(0, 2, 3)), "std": latents.std(dim=(0, 2, 3))}, {})
+    measured, _ = load_tensors(path)
+    models.normalise_latents(vae, measured["mean"], measured["std"], models.SDXL_LATENT_SCALE)
+    return vae.eval()
+
+
+def train_decoder(out: Path, **options: Any) -> Result:
+    """The VAE's decoder alone on whole pictures, while the latents that others learn on stay as they are."""
+    from .objectives import DecoderObjective, VAEObjective
+
+    vae = models.build_vae()
+    load_stage(VAEObjective(vae), out, "vae")
+    check = to_pixels(pictures(out, "world-check").pixels[:100])
+    config = LoopConfig(
+        steps=2000,
+        batch_size=6,
+        lr=4e-4,
+        schedule="cosine",
+        warmup=50,
+        weight_decay=0.0,
+        betas=(0.9, 0.99),
+        ema_decay=0.995,
+        precision="bf16",
+        seed=5,
+        save_every=250,
+    )
+    return train(
+        DecoderObjective(vae),
+        Pictures([pictures(out, "world")]),
+        config,
+        out / "decoder",
+        description="decoder",
+        validate=lambda step: {"db": reconstruction_db(vae, check)},
+        **options,
+    )
+
+
+def trained_encoders(out: Path) -> tuple[Any, Any]:
+    """Image and text encoder, frozen."""
+    from .objectives import ContrastiveObjective
+
+    image = models.build_image_encoder()
+    text = models.build_text_encoder(len(WordTokenizer(models.TEXT_LENGTH)))
+    load_stage(ContrastiveObjective(image, text), out, "encoders")
+    return image.requires_grad_(False), text.requires_grad_(False)
+
+
+def _base_pictures(out: Path) -> Pictures:
+    """What the UNet and its adapter learn on: the world, and the concepts as whole critters."""
+    sets = [pictures(out, "world"), pictures(out, "concepts")]
+    whole = len(sets[0]) + np.flatnonzero(sets[1].labels[:, -1] == 0)
+    return Pictures(sets, rows=np.concatenate([np.arange(len(sets[0])), whole]))
+
+
+def _latents(out: Path, vae: Any) -> np.ndarray:
+    scale = models.SDXL_LATENT_SCALE
+    sets = [pictures(out, "world"), pictures(out, "concepts")]
+    rows = _base_pictures(out).rows
+    return cached(out / "cache", "latents", sets, lambda x: vae.encode(x).latent_dist.mode() * scale, rows)
+
+
+def _features(out: Path, image_encoder: Any) -> np.ndarray:
+    """Penultimate states of the base pictures, (N, 65, 128)."""
+    sets = [pictures(out, "world"), pictures(out, "concepts")]
+    rows = _base_pictures(out).rows
+    return cached(out / "cache", "features", sets, lambda x: models.image_features(image_encoder, x), rows)
+
+
+def alphas_cumprod() -> Tensor:
+    return models.build_scheduler().alphas_cumprod
+
+
+def train_unet(out: Path, **options: Any) -> Result:
+    """The SDXL-family UNet on cached latents and fresh captions."""
+    from .objectives import UNetObjective
+
+    torch.manual_seed(6)
+    _, text = trained_encoders(out)
+    batches = Conditioned(
+        _base_pictures(out),
+        captioner(out, neutral=0.12),
+        WordTokenizer(models.TEXT_LENGTH),
+        text,
+        {"latents": _latents(out, trained_vae(out))},
+    )
+    config = LoopConfig(
+        steps=3600,
+        batch_size=64,
+        lr=1.2e-3,
+        schedule="cosine",
+        warmup=150,
+        weight_decay=0.01,
+        ema_decay=0.998,
+        seed=6,
+        save_every=200,
+    )
+    objective = UNetObjective(models.build_unet(), alphas_cumprod())
+    return train(objective, batches, config, out / "unet", description="unet", **options)
+
+
+def trained_unet(out: Path) -> Any:
+    from .objectives import UNetObjective
+
+    unet = models.build_unet()
+    load_stage(UNetObjective(unet, alphas_cumprod()), out, "unet")
+    return unet.requires_grad_(False)
+
+
+def _adapter_objective(out: Path, image: Any, text: Any) -> IPAdapterObjective:
+    unet = trained_unet(out)
+    adapter = new_ip_adapter(unet, models.build_resampler(), "the miniature's IP-Adapter")
+    empty, pooled = models.encode_text(text, WordTokenizer(models.TEXT_LENGTH)([""]))
+    return IPAdapterObjective(
+        unet,
+        adapter,
+        alphas_cumprod=alphas_cumprod(),
+        null_features=models.image_features(image, models.grey())[0],
+        null_text=empty[0],
+        null_pooled=pooled[0],
+        dropout=Dropout(image=0.05, text=0.3, both=0.05),
+    )
+
+
+def train_adapter(out: Path, **options: Any) -> Result:
+    """IP-Adapter Plus: projection and image keys and values, on the frozen UNet."""
+    torch.manual_seed(7)
+    image, text = trained_encoders(out)
+    batches = Conditioned(
+        _base_pictures(out),
+        captioner(out, neutral=0.3),
+        WordTokenizer(models.TEXT_LENGTH),
+        text,
+        {"latents": _latents(out, trained_vae(out)), "features": _features(out, image)},
+    )
+    config = LoopConfig(
+        steps=2000,
+        batch_size=48,
+        lr=1e-3,
+        schedule="cosine",
+        warmup=100,
+        weight_decay=0.01,
+        ema_decay=0.995,
+        seed=7,
+        save_every=200,
+    )
+    return train(
+        _adapter_objective(out, image, text),
+        batches,
+        config,
+        out / "adapter",
+        description="adapter",
+        **options,
+    )
+
+
+def trained_adapter(out: Path) -> IPAdapter:
+    image, text = trained_encoders(out)
+    objective = _adapter_objective(out, image, text)
+    load_stage(objective, out, "adapter")
+    return objective.adapter.requires_grad_(False)
+
+
+def train_prior(out: Path, **options: Any) -> Result:
+    """The IP-Prior on the tokens of concepts and of their parts."""
+    torch.manual_seed(8)
+    image, _ = trained_encoders(out)
+    adapter = trained_adapter(out)
+    concepts = pictures(out, "concepts")
+    tokens = cached(out / "cache", "tokens", [concepts], lambda x: adapter(models.image_features(image, x)))
+    with torch.no_grad():
+        white = adapter(models.image_features(image, torch.ones(1, 3, models.CANVAS, models.CANVAS)))[0]
+    config = LoopConfig(
+        steps=6000,
+        batch_size=96,
+        lr=1e-3,
+        schedule="cosine",
+        warmup=150,
+        weight_decay=0.01,
+        ema_decay=0.998,
+        seed=8,
+        save_every=250,
+    )
+    objective = IPPriorObjective(models.build_prior(), white=white)
     return train(
         objective,
-        Captioned(sets, tokenizer),
+        Concepts(concepts, tokens, white, SLOTS),
         config,
-        out / "encoders",
-        description="encoders",
-        max_seconds=max_seconds,
+        out / "prior",
+        description="prior",
+        **options,
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attribute readers
-
-STATES = 7
-COLOURS = len(data.COLOUR_NAMES)
-READER_SPLIT = [STATES * len(data.KINDS), COLOURS * len(data.KINDS), len(data.STYLES), len(data.SCENES), 1]
-READER_OUTPUTS = sum(READER_SPLIT)
+def trained_prior(out: Path) -> IPPrior:
+    prior = models.build_prior()
+    load_stage(IPPriorObjective(prior), out, "prior")
+    return prior.requires_grad_(False)
 
 
-def split_reading(outputs: Tensor) -> dict[str, Tensor]:
-    """(B, READER_OUTPUTS) -> state (B, 5, 7), colour (B, 5, 8), style, scene logits and build (B,) in [0, 1]."""
-    state, colour, style, scene, build = outputs.split(READER_SPLIT, dim=1)
-    kinds = len(data.KINDS)
-    return {
-        "state": state.unflatten(1, (kinds, STATES)),
-        "colour": colour.unflatten(1, (kinds, COLOURS)),
-        "style": style,
-        "scene": scene,
-        "build": build[:, 0],
-    }
+STAGES: dict[str, Callable[..., Result]] = {
+    "encoders": train_encoders,
+    "vae": train_vae,
+    "decoder": train_decoder,
+    "reader-tuning": lambda out, **options: train_reader(out, "tuning", **options),
+    "reader-judge": lambda out, **options: train_reader(out, "judge", **options),
+    "unet": train_unet,
+    "adapter": train_adapter,
+    "prior": train_prior,
+}
 
 
-def reader_loss(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropies of all attributes and the build's squared error; absent colours do not count."""
-    read, kinds = split_reading(outputs.float()), len(data.KINDS)
-    state, colour, rest = labels[:, :kinds], labels[:, kinds : 2 * kinds], labels[:, 2 * kinds :]
-    loss = F.cross_entropy(read["state"].flatten(0, 1), state.flatten())
-    loss = loss + F.cross_entropy(read["colour"].flatten(0, 1), colour.flatten(), ignore_index=data.NO_COLOUR)
-    loss = (
-        loss
-        + 0.2 * F.cross_entropy(read["style"], rest[:, 0])
-        + 0.2 * F.cross_entropy(read["scene"], rest[:, 1])
-    )
-    return loss + F.mse_loss(read["build"], rest[:, 2].float() / 1000)
+def main(
+    stage: str | None, out: Path, minutes: float | None = None, processes: int = 1
+) -> list[tuple[str, Result]]:
+    """Train one stage, or all of them in order, and export what is finished; stops after ``minutes``.
+
+    Raises PitError for an unknown stage.
+    """
+    if stage is not None and stage not in STAGES:
+        raise PitError(f"unknown stage {stage!r}; the stages are {', '.join(STAGES)}.")
+    results = []
+    for name in STAGES if stage is None else (stage,):
+        if processes > 1:
+            from accelerate import debug_launcher
+
+            debug_launcher(_run_stage, args=(name, out, minutes), num_processes=processes)
+            result = Result(_finished_step(out, name), True, {}, 0.0)
+        else:
+            result = _run_stage(name, out, minutes)
+        results.append((name, result))
+        if not result.finished:
+            break
+    return results
+
+
+def _run_stage(name: str, out: Path, minutes: float | None) -> Result:
+    return STAGES[name](out, max_seconds=None if minutes is None else 60 * minutes)
+
+
+def _finished_step(out: Path, name: str) -> int:
+    newest = latest_checkpoint(out / name)
+    return int(newest.name.removeprefix("step-")) if newest else 0

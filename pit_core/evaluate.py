@@ -1,0 +1,192 @@
+"""The tables that the papers argue with, measured on the miniature: `pit evaluate`.
+
+Every table has its baselines, its ceiling, the number of samples and the seed; pictures of the first rows are
+kept beside it, because figures alone persuade nobody.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .concepts import Job, PriorSettings, Stack, picture_seed, prepare_parts, sample_jobs
+from .files import write_text_atomic
+from .miniature import critters, reader
+from .miniature.batches import to_pixels
+from .miniature.critters import Critter
+from .miniature.data import Picture, concept_critter, part_view
+from .pictures import SheetRow, Tile, contact_sheet, save_png
+
+EVALUATION = 9_000  # added to the user's seed, away from the training sets' seeds
+PART_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the concepts table: shares in [0, 1] with the half width of their 95% interval."""
+
+    method: str
+    kept: float
+    kept_margin: float
+    valid: float
+    valid_margin: float
+    shape_kept: float
+    colour_kept: float
+
+
+@dataclass(frozen=True)
+class ConceptCase:
+    """A held-out critter, the kinds given, and their pictures."""
+
+    critter: Critter
+    given: tuple[str, ...]
+    parts: tuple[Image.Image, ...]
+
+
+def concept_cases(count: int, seed: int) -> list[ConceptCase]:
+    """Critters of held-out combinations, each with one to three given parts (uniform), in random order."""
+    cases = []
+    for index in range(count):
+        critter = concept_critter(EVALUATION + seed, index, held_out=True)
+        rng = np.random.default_rng([EVALUATION + seed, index, 3])
+        kinds = list(critter.parts())
+        given = tuple(
+            str(k) for k in rng.choice(kinds, size=min(int(rng.integers(1, 4)), len(kinds)), replace=False)
+        )
+        views = [part_view(critter, kind, rng) for kind in given]
+        parts = tuple(critters.cut_out_part(view.critter, view.view, PART_SIZE) for view in views)
+        cases.append(ConceptCase(critter, given, parts))
+    return cases
+
+
+def concepts(
+    stack: Stack,
+    judge: torch.nn.Module,
+    *,
+    count: int = 200,
+    seed: int = 0,
+    out: Path | None = None,
+    prior: PriorSettings | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """Parts kept and valid creatures: IP-Prior against averaging and concatenating the parts' tokens.
+
+    The ceiling decodes the true concept's own tokens. All methods use the same noise per case. With ``out`` a
+    table (concepts.json, concepts.txt) and a picture grid (concepts.png) are written.
+    """
+    cases = concept_cases(count, seed)
+    seeds = [10_000 * seed + index for index in range(count)]
+    rows, grids = [], []
+    for method, tokens in _methods(stack, cases, seeds, prior or PriorSettings(), progress):
+        progress(f"drawing {count} pictures: {method}")
+        images = _drawn(stack, tokens, [picture_seed(s) for s in seeds])
+        rows.append(_row(method, judge, images, cases))
+        grids.append(images)
+    if out is not None:
+        _write(out, rows, grids, cases, count, seed)
+    return rows
+
+
+def _methods(
+    stack: Stack,
+    cases: Sequence[ConceptCase],
+    seeds: Sequence[int],
+    settings: PriorSettings,
+    progress: Callable[[str], None],
+) -> list[tuple[str, list[Tensor]]]:
+    progress("sampling the prior")
+    jobs = [Job(case.parts, [seed]) for case, seed in zip(cases, seeds, strict=True)]
+    sampled = torch.cat(sample_jobs(stack, jobs, settings))
+    given = [stack.encode(prepare_parts(stack, case.parts)) for case in cases]
+    truth = stack.encode([Image.fromarray(Picture(case.critter).draw()) for case in cases])
+    return [
+        ("IP-Prior", list(sampled)),
+        ("average of the parts' tokens", [tokens.mean(0) for tokens in given]),
+        ("parts' tokens side by side", [tokens.flatten(0, 1) for tokens in given]),
+        ("ceiling: the true concept's tokens", list(truth)),
+    ]
+
+
+def _drawn(stack: Stack, tokens: Sequence[Tensor], seeds: Sequence[int]) -> list[Image.Image]:
+    """Pictures of token rows (T, D) of any lengths, in order; rows of equal length share batches."""
+    images: dict[int, Image.Image] = {}
+    for length in sorted({len(row) for row in tokens}):
+        rows = [index for index, row in enumerate(tokens) if len(row) == length]
+        drawn = stack.renderer.render(
+            torch.stack([tokens[index] for index in rows]),
+            stack.null("grey"),
+            stack.defaults,
+            seeds=[seeds[index] for index in rows],
+        )
+        images |= dict(zip(rows, drawn, strict=True))
+    return [images[index] for index in range(len(tokens))]
+
+
+def _row(
+    method: str, judge: torch.nn.Module, images: Sequence[Image.Image], cases: Sequence[ConceptCase]
+) -> Row:
+    pixels = to_pixels(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    readings = reader.read(judge, pixels)
+    whole, given = [case.critter for case in cases], [case.given for case in cases]
+    kept, valid = readings.kept(whole, given), readings.valid()
+    shape, colour = readings.matches(whole, given)
+    return Row(
+        method,
+        float(kept.mean()),
+        _margin(kept),
+        float(valid.mean()),
+        _margin(valid),
+        float(shape.mean()),
+        float(colour.mean()),
+    )
+
+
+def _margin(flags: np.ndarray) -> float:
+    """Half width of the 95% interval of a share (normal approximation)."""
+    share = float(flags.mean())
+    return 1.96 * (share * (1 - share) / len(flags)) ** 0.5
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text, for a terminal and for a file."""
+    lines = [f"{'method':36}{'parts kept':>16}{'valid creature':>18}{'shape':>9}{'colour':>9}"]
+    for row in rows:
+        kept = f"{row.kept:.3f} +- {row.kept_margin:.3f}"
+        valid = f"{row.valid:.3f} +- {row.valid_margin:.3f}"
+        lines.append(f"{row.method:36}{kept:>16}{valid:>18}{row.shape_kept:>9.3f}{row.colour_kept:>9.3f}")
+    return "\n".join(lines)
+
+
+def _write(
+    out: Path,
+    rows: Sequence[Row],
+    grids: Sequence[Sequence[Image.Image]],
+    cases: Sequence[ConceptCase],
+    count: int,
+    seed: int,
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"count": count, "seed": seed, "rows": [asdict(row) for row in rows]}
+    write_text_atomic(out / "concepts.json", json.dumps(record, indent=1) + "\n")
+    heading = f"{count} held-out critters, 1 to 3 given parts, seed {seed}"
+    write_text_atomic(out / "concepts.txt", f"{heading}\n{table(rows)}\n")
+    save_png(_grid(rows, grids, cases), out / "concepts.png")
+
+
+def _grid(
+    rows: Sequence[Row], grids: Sequence[Sequence[Image.Image]], cases: Sequence[ConceptCase], shown: int = 12
+) -> Image.Image:
+    """A line per case: its parts, then what each method made of them."""
+    lines = []
+    for index, case in enumerate(cases[:shown]):
+        parts = [Tile(part, kind) for part, kind in zip(case.parts, case.given, strict=True)]
+        made = [Tile(images[index], row.method) for row, images in zip(rows, grids, strict=True)]
+        lines.append(SheetRow(parts, made))
+    return contact_sheet(lines)

@@ -1,0 +1,202 @@
+"""Training batches of the critter world: pictures, captions, and what frozen models made of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..train.loop import Item
+from . import models
+from .critters import CANVAS, KINDS
+from .data import VIEWS, Picture, PictureSet
+from .tokenizer import WordTokenizer
+
+# Texts that say nothing of the picture: the renderer's default prompts mean "no text" to the miniature, too.
+NEUTRAL = (
+    "",
+    "best quality, high quality",
+    "monochrome, lowres, bad anatomy, worst quality, low quality",
+)
+TIME_IDS = (CANVAS, CANVAS, 0, 0, CANVAS, CANVAS)
+
+
+def to_pixels(images: np.ndarray) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
+    return (
+        torch.from_numpy(np.ascontiguousarray(images))
+        .permute(0, 3, 1, 2)
+        .contiguous()
+        .float()
+        .div(127.5)
+        .sub(1.0)
+    )
+
+
+class Pictures:
+    """Batches of pictures with labels, whole or as square crops; of three random crops the liveliest is taken."""
+
+    def __init__(
+        self, sets: Sequence[PictureSet], crop: int | None = None, rows: np.ndarray | None = None
+    ) -> None:
+        self.sets, self.crop = sets, crop
+        self.starts = np.cumsum([0, *(len(pictures) for pictures in sets)])
+        self.rows = np.arange(self.starts[-1]) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def place(self, index: int) -> tuple[PictureSet, int]:
+        """The set and its row behind an index."""
+        number = int(self.rows[index])
+        which = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return self.sets[which], number - int(self.starts[which])
+
+    def fetch(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        pixels, labels = [], []
+        for item in items:
+            pictures, row = self.place(item[1])
+            picture = pictures.pixels[row]
+            pixels.append(picture if self.crop is None else self._lively_crop(picture, item))
+            labels.append(pictures.labels[row])
+        return {"pixels": to_pixels(np.stack(pixels)), "labels": torch.from_numpy(np.stack(labels))}
+
+    def _lively_crop(self, picture: np.ndarray, item: Item) -> np.ndarray:
+        assert self.crop is not None
+        rng = np.random.default_rng(item)
+        corners = rng.integers(0, picture.shape[0] - self.crop + 1, (3, 2))
+        crops = [picture[y : y + self.crop, x : x + self.crop] for y, x in corners]
+        return max(crops, key=lambda crop: float(crop[::4, ::4].std()))
+
+
+class Captioner:
+    """Captions of pictures by set and row; they vary with the epoch, and some say nothing."""
+
+    def __init__(self, makers: dict[Path, Callable[[int], list[Picture]]], neutral: float = 0.0) -> None:
+        self.makers, self.neutral = makers, neutral
+
+    def __call__(self, pictures: PictureSet, row: int, item: Item) -> str:
+        rng = np.random.default_rng([*item, 5])
+        if rng.random() < self.neutral:
+            return str(rng.choice(NEUTRAL))
+        group = int(pictures.groups[row])
+        place = row - int(np.searchsorted(pictures.groups, group))
+        return self.makers[pictures.folder](group)[place].caption(rng)
+
+
+class Captioned:
+    """Pictures with labels and the token ids of their captions."""
+
+    def __init__(self, pictures: Pictures, captioner: Captioner, tokenizer: WordTokenizer) -> None:
+        self.pictures, self.captioner, self.tokenizer = pictures, captioner, tokenizer
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def fetch(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        texts = [self.captioner(*self.pictures.place(item[1]), item) for item in items]
+        return {**self.pictures.fetch(items), "ids": self.tokenizer(texts)}
+
+
+class Conditioned:
+    """Cached latents (and image features) with freshly encoded captions, as the UNet and the adapter train on them."""
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        captioner: Captioner,
+        tokenizer: WordTokenizer,
+        text_encoder: Any,
+        cached: dict[str, np.ndarray],
+    ) -> None:
+        self.pictures, self.captioner, self.tokenizer = pictures, captioner, tokenizer
+        self.text_encoder, self.cached = text_encoder, cached
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @torch.no_grad()
+    def fetch(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        texts = [self.captioner(*self.pictures.place(item[1]), item) for item in items]
+        text, pooled = models.encode_text(self.text_encoder, self.tokenizer(texts))
+        rows = self.pictures.rows[[index for _, index in items]]
+        batch = {name: torch.from_numpy(values[rows]).float() for name, values in self.cached.items()}
+        time_ids = torch.tensor([TIME_IDS] * len(items), dtype=torch.float32)
+        return {**batch, "text": text, "pooled": pooled, "time_ids": time_ids}
+
+
+class Concepts:
+    """Concepts' tokens with the tokens of one to three of their parts, padded with white; some with none."""
+
+    def __init__(self, pictures: PictureSet, tokens: np.ndarray, white: Tensor, slots: int = 3) -> None:
+        self.tokens, self.white, self.slots = tokens, white, slots
+        views = pictures.labels[:, -1]
+        self.targets = np.flatnonzero(views == VIEWS.index("whole"))
+        self.parts = np.append(np.diff(self.targets), len(views) - self.targets[-1]) - 1
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def fetch(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        target = self.tokens[self.targets[[index for _, index in items]]]
+        cond = torch.stack([self._given(item) for item in items])
+        return {"target": torch.from_numpy(target).float(), "cond": cond}
+
+    def _given(self, item: Item) -> Tensor:
+        rng = np.random.default_rng([*item, 7])
+        start, count = int(self.targets[item[1]]), int(self.parts[item[1]])
+        kept = 0 if rng.random() < 0.1 else int(rng.integers(1, min(self.slots, count) + 1))
+        rows = start + 1 + rng.permutation(count)[:kept]
+        given = [torch.from_numpy(self.tokens[row]).float() for row in rows]
+        return torch.cat([*given, *([self.white] * (self.slots - kept))])
+
+
+@torch.no_grad()
+def cached(
+    folder: Path,
+    name: str,
+    sets: Sequence[PictureSet],
+    make: Callable[[Tensor], Tensor],
+    rows: np.ndarray | None = None,
+    chunk: int = 100,
+) -> np.ndarray:
+    """``make(pixels)`` of the sets' pictures, as fp16 on disk; continues where it was interrupted.
+
+    The array has a row for each picture; where ``rows`` are given only these are filled in.
+    """
+    path, mark = folder / f"{name}.npy", folder / f"{name}.json"
+    pictures = Pictures(sets, rows=rows)
+    total = sum(map(len, sets))
+    done = json.loads(mark.read_text())["rows"] if mark.exists() else 0
+    if done < len(pictures):
+        folder.mkdir(parents=True, exist_ok=True)
+        shape = make(to_pixels(sets[0].pixels[:1])).shape[1:]
+        values = np.lib.format.open_memmap(
+            path, mode="r+" if done else "w+", dtype=np.float16, shape=(total, *shape)
+        )
+        for start in tqdm(range(done, len(pictures), chunk), desc=f"caching {name}"):
+            stop = min(start + chunk, len(pictures))
+            pixels = pictures.fetch([(0, index) for index in range(start, stop)])["pixels"]
+            values[pictures.rows[start:stop]] = make(pixels).half().numpy()
+            if (start // chunk) % 50 == 49 or stop == len(pictures):
+                values.flush()
+                _mark(mark, stop)
+    return np.load(path, mmap_mode="r")
+
+
+def _mark(path: Path, rows: int) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"rows": rows}))
+    os.replace(part, path)
+
+
+def kinds_given(labels: np.ndarray) -> list[str]:
+    """The kinds of the parts that a label row shows."""
+    return [kind for slot, kind in enumerate(KINDS) if labels[slot] < 4]
