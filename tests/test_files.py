@@ -114,11 +114,11 @@ def test_the_content_decides_not_the_suffix(tmp_path):
 
 def test_missing_files_get_a_suggestion(tmp_path):
     good(tmp_path / "ip-adapter-plus_sdxl.safetensors")
-    assert "did you mean 'ip-adapter-plus_sdxl.safetensors'" in refused(
+    assert "most similar one in its folder is 'ip-adapter-plus_sdxl.safetensors'" in refused(
         tmp_path / "ip_adapter_plus.safetensors", "no file"
     )
     assert "upper and lower case" in refused(tmp_path / "IP-Adapter-Plus_SDXL.safetensors", "no file")
-    assert "did you mean" not in refused(tmp_path / "zzz.bin", "no file")
+    assert "most similar" not in refused(tmp_path / "zzz.bin", "no file")
     refused(tmp_path / "nowhere" / "x.bin", "its folder .* does not exist")
     refused("", "folder|no file")
 
