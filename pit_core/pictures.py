@@ -60,7 +60,9 @@ def read_picture(path: str | os.PathLike[str]) -> Image.Image:
             image.load()
             upright = ImageOps.exif_transpose(image)
         except _DAMAGED as error:
-            raise PitError(f"'{path.name}' is damaged or cut short ({_brief(error)}); save it again.") from error
+            raise PitError(
+                f"'{path.name}' is damaged or cut short ({_brief(error)}); save it again."
+            ) from error
     plain = to_rgb_or_rgba(upright)
     if max(plain.size) > KEPT_SIDE:
         plain.thumbnail((KEPT_SIDE, KEPT_SIDE), Image.Resampling.LANCZOS)
@@ -83,8 +85,12 @@ def to_rgb_or_rgba(image: Image.Image) -> Image.Image:
         image = _deep_grey(image)
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        return rgba if rgba.getchannel("A").getextrema()[0] < 255 else rgba.convert("RGB")
+        return rgba if _lowest(rgba.getchannel("A")) < 255 else rgba.convert("RGB")
     return image.convert("RGB")
+
+
+def _lowest(channel: Image.Image) -> int:
+    return int(np.asarray(channel).min())
 
 
 def _opened(path: Path) -> Image.Image:
@@ -129,17 +135,25 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     target = "RGBA" if image.mode == "RGBA" else "RGB"
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=target)
+        converted = ImageCms.profileToProfile(
+            image, source, ImageCms.createProfile("sRGB"), outputMode=target
+        )
     except (ImageCms.PyCMSError, *_DAMAGED):
         return image
     return image if converted is None else converted
 
 
 def _deep_grey(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits -> 8 bits. Whole numbers above 255 are taken for 16 bits, 0 to 1 for all of it."""
+    """Deep grey -> 8 bits; whole numbers above 255 count as 16 bits, floats up to 1 as 0 to 1."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
     top = values.max(initial=0.0)
-    scale = 1 / 257 if image.mode.startswith("I;16") or top > 255 else 255.0 if image.mode == "F" and top <= 1 else 1.0
+    scale = (
+        1 / 257
+        if image.mode.startswith("I;16") or top > 255
+        else 255.0
+        if image.mode == "F" and top <= 1
+        else 1.0
+    )
     return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
 
 

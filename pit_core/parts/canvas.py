@@ -1,6 +1,6 @@
 """Part pictures on the white square that encoder and prior were trained with.
 
-Light on purpose, Pillow alone: ComfyUI's nodes use it too. "Piece it Together" (arXiv 2503.10365), section 3.2.
+Light on purpose, Pillow alone: ComfyUI's nodes use it too. "Piece it Together" (arXiv 2503.10365).
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Parts as sketches: the contours of the foreground, drawn with a few smooth strokes.
 
 The augmentation that lets a prior take drawings: 8 to 15 cubic Bezier curves, allotted to the contours by arc
-length, black on white, each left out now and then. "Piece it Together" (arXiv 2503.10365), appendix; the fit
+length, black on white, each left out now and then. "Piece it Together" (arXiv 2503.10365); the fit
 with fixed end points follows Schneider 1990, "An Algorithm for Automatically Fitting Digitized Curves".
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -21,6 +22,9 @@ WIDTH = 2.0  # pixels
 PAPER = 20  # how far from white a pixel has to be to count as foreground, of 255
 TRACED = 512  # contours are traced at this size at most; strokes are smoother than that anyway
 SHORT = 0.03  # contours below this share of the longest are specks
+
+
+Corner = tuple[int, int]
 
 
 def sketch(
@@ -39,7 +43,8 @@ def sketch(
     """
     if not (2 <= curves[0] <= curves[1] and 0 <= drop <= 1 and width > 0):
         raise PitError(
-            f"Expected at least 2 curves, a drop from 0 to 1 and a positive width, got {curves}, {drop}, {width}."
+            "Expected at least 2 curves, a drop from 0 to 1 and a positive width, "
+            f"got {curves}, {drop}, {width}."
         )
     rng = np.random.default_rng(seed)
     loops = contours(foreground(image))
@@ -51,7 +56,9 @@ def sketch(
 def as_sketch(image: Image.Image) -> Image.Image:
     """The sketch without chance: 12 strokes, none left out. Raises PitError where nothing stands on white."""
     if not foreground(image).any():
-        raise PitError("A sketch is drawn along the outline of what stands on white, but this picture is white.")
+        raise PitError(
+            "A sketch is drawn along the outline of what stands on white, but this picture is white."
+        )
     return sketch(image, seed=0, curves=(12, 12), drop=0.0)
 
 
@@ -123,33 +130,37 @@ def _bernstein(t: np.ndarray) -> np.ndarray:
 
 def _loops(mask: np.ndarray) -> list[np.ndarray]:
     """Outlines along the cracks between pixels, as the cracks' midpoints in order."""
-    padded = np.pad(mask, 1).astype(np.int8)
-    down, right = np.diff(padded, axis=0), np.diff(padded, axis=1)
-    # The foreground lies on the right of every crack. Corner (x, y) is the upper left of pixel (x, y).
-    starts: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for array, step_in, step_out in ((down, (1, 0), (-1, 0)), (right, (0, -1), (0, 1))):
-        for sign, (dx, dy) in ((1, step_in), (-1, step_out)):
-            for y, x in np.argwhere(array == sign).tolist():
-                if array is down:
-                    a = (x - 1, y) if dx > 0 else (x, y)
-                else:
-                    a = (x, y - 1) if dy > 0 else (x, y)
-                starts.setdefault(a, []).append((a[0] + dx, a[1] + dy))
+    starts = _cracks(mask)
     loops = []
     while starts:
-        origin = corner = next(iter(starts))
+        corner = next(iter(starts))
         middles = []
-        while True:
+        while corner in starts:
             ends = starts[corner]
             following = ends.pop()
             if not ends:
                 del starts[corner]
             middles.append(((corner[0] + following[0]) / 2, (corner[1] + following[1]) / 2))
             corner = following
-            if corner == origin or corner not in starts:
-                break
         loops.append(np.array(middles))
     return loops
+
+
+def _cracks(mask: np.ndarray) -> dict[Corner, list[Corner]]:
+    """Corner (x, y) -> the corners that the outline goes on to, the foreground always on the right."""
+    padded = np.pad(mask, 1).astype(np.int8)
+    starts: dict[Corner, list[Corner]] = {}
+    for y, x, sign in _steps(np.diff(padded, axis=0)):  # a horizontal crack above pixel (x - 1, y)
+        a, b = (x - 1, y), (x, y)
+        starts.setdefault(a if sign > 0 else b, []).append(b if sign > 0 else a)
+    for y, x, sign in _steps(np.diff(padded, axis=1)):  # a vertical crack left of pixel (x, y - 1)
+        a, b = (x, y), (x, y - 1)
+        starts.setdefault(a if sign > 0 else b, []).append(b if sign > 0 else a)
+    return starts
+
+
+def _steps(change: np.ndarray) -> list[tuple[int, int, int]]:
+    return [(y, x, int(change[y, x])) for y, x in np.argwhere(change).tolist()]
 
 
 def _length(loop: np.ndarray) -> float:
@@ -173,7 +184,7 @@ def _pieces(loop: np.ndarray, count: int) -> list[np.ndarray]:
     along = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(closed, axis=0), axis=1))])
     cuts = np.searchsorted(along, np.linspace(0, along[-1], count + 1)[1:-1])
     bounds = [0, *cuts.tolist(), len(closed) - 1]
-    return [closed[a : b + 1] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    return [closed[a : b + 1] for a, b in pairwise(bounds) if b > a]
 
 
 def _draw(strokes: Sequence[np.ndarray], size: tuple[int, int], width: float) -> Image.Image:

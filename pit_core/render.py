@@ -1,0 +1,408 @@
+"""SDXL through diffusers with image tokens: the headless decoder from IP+ space to pictures.
+
+"Piece it Together" (arXiv 2503.10365): decoupled attention at weight 1.0, 50 steps, guidance 5.0, the
+grey null for the unconditional half.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .errors import PitError
+from .files import existing_file
+from .ip_adapter.adapter import IPAdapter
+from .ip_adapter.attention import Weight
+from .ip_adapter.layers import AttentionLayer, layers_of_config, layers_of_ldm_shapes, layers_of_unet
+from .ip_adapter.processor import install_ip_adapter, installed_context, uninstall_ip_adapter
+
+PROMPT = "best quality, high quality"
+NEGATIVE = "monochrome, lowres, bad anatomy, worst quality, low quality"
+MAX_SEED = 2**64 - 1
+
+EncodePrompt = Callable[[list[str]], tuple[Tensor, Tensor]]
+"""Texts -> (embeddings (B, T, C), pooled (B, P)), both on the UNet's device or any other."""
+
+Progress = Callable[[int, int], None]
+"""Called after each denoising step with (steps done, steps in all), over all batches; raise to interrupt."""
+
+
+@dataclass(frozen=True)
+class RenderSettings:
+    """How tokens become pictures; the defaults are the paper's.
+
+    weight: of the image tokens, one number or layer index -> number. size: (width, height) in pixels, None
+    for the UNet's own. batch: pictures at a time. strength: how much of `init_image` is drawn anew.
+    """
+
+    prompt: str = PROMPT
+    negative: str = NEGATIVE
+    steps: int = 50
+    guidance: float = 5.0
+    weight: Weight = 1.0
+    size: tuple[int, int] | None = None
+    batch: int = 4
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1000:
+                raise PitError(f"Expected {name} to be a whole number from 1 to 1000, got {value!r}.")
+        if not math.isfinite(self.guidance):
+            raise PitError(f"Expected a finite guidance (5 is usual, 1 is none), got {self.guidance!r}.")
+        weights = self.weight.values() if isinstance(self.weight, Mapping) else [self.weight]
+        if not all(math.isfinite(weight) for weight in weights):
+            raise PitError(f"Expected a finite weight (1 is usual), got {self.weight!r}.")
+        if not 0 < self.strength <= 1:
+            raise PitError(f"Expected a strength above 0 and up to 1, got {self.strength!r}.")
+
+
+class Renderer:
+    """An SDXL-family pipeline and the adapter whose tokens it draws.
+
+    pipe: diffusers' StableDiffusionXLPipeline. encode_prompt: takes the place of the pipeline's own, which
+    then needs neither tokenizers nor text encoders. Between calls the UNet is as it was given, bit for bit.
+    Raises PitError when the adapter does not fit the UNet.
+    """
+
+    def __init__(self, pipe: Any, adapter: IPAdapter, *, encode_prompt: EncodePrompt | None = None) -> None:
+        self.pipe = pipe
+        self.adapter = adapter
+        self._encode_prompt = encode_prompt
+        pipe.set_progress_bar_config(disable=True)
+        check_adapter_fits(pipe.unet, adapter)
+        if encode_prompt is None and pipe.tokenizer_2 is None:
+            raise PitError("This SDXL has no text encoder; give the complete model.")
+        if max(self.default_size) >= 512:  # one picture at a time: decoding is where memory runs out
+            pipe.vae.enable_slicing()
+
+    @property
+    def unet(self) -> Any:
+        return self.pipe.unet
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(width, height) in pixels that the UNet was trained at."""
+        sample = self.unet.config.sample_size
+        height, width = sample if isinstance(sample, list | tuple) else (sample, sample)
+        return width * self.pipe.vae_scale_factor, height * self.pipe.vae_scale_factor
+
+    @torch.no_grad()
+    def render(
+        self,
+        tokens: Tensor,
+        null_tokens: Tensor | None,
+        settings: RenderSettings | None = None,
+        *,
+        seeds: Sequence[int],
+        init_image: Image.Image | None = None,
+        progress: Progress | None = None,
+        **changes: Any,
+    ) -> list[Image.Image]:
+        """One picture per row of tokens (B, T, D), RGB.
+
+        null_tokens (1 or B, T', D) serve the unconditional half; None gives both halves the same tokens.
+        seeds: one per row; a row's noise depends on its own seed alone, whatever the batch. `changes` replace
+        single settings (`steps=20`). With `init_image` and strength below 1, the run starts from that picture
+        (SDEdit, arXiv 2108.01073). Raises PitError for tokens, seeds and settings that do not fit.
+        """
+        settings = replace(settings or RenderSettings(), **changes)
+        _check_rows(tokens, null_tokens, seeds)
+        width, height = self._checked_size(settings)
+        text = self._text(settings)
+        per_batch = _steps_taken(settings, init_image)
+        starts = range(0, len(seeds), settings.batch)
+        done: list[Image.Image] = []
+        for number, start in enumerate(starts):
+            rows = slice(start, start + settings.batch)
+            after = _after_step(progress, number * per_batch, len(starts) * per_batch)
+            with self._tokens(tokens[rows], _rows_of(null_tokens, rows), settings):
+                done += self._run(
+                    settings, text, list(seeds[rows]), (width, height), init_image=init_image, after=after
+                )
+        return done
+
+    def _run(
+        self,
+        settings: RenderSettings,
+        text: dict[str, Tensor],
+        seeds: list[int],
+        size: tuple[int, int],
+        *,
+        init_image: Image.Image | None,
+        after: Callable[..., dict[str, Any]],
+    ) -> list[Image.Image]:
+        shared = {
+            "num_inference_steps": settings.steps,
+            "guidance_scale": settings.guidance,
+            # On the CPU whatever the device: the same seed gives the same noise everywhere.
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "callback_on_step_end": after,
+            **{key: value.expand(len(seeds), *value.shape[1:]) for key, value in text.items()},
+        }
+        if init_image is None:
+            return self.pipe(width=size[0], height=size[1], **shared).images
+        start = init_image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        return self._from_image()(image=[start] * len(seeds), strength=settings.strength, **shared).images
+
+    def _from_image(self) -> Any:
+        from diffusers import StableDiffusionXLImg2ImgPipeline
+
+        pipe: Any = StableDiffusionXLImg2ImgPipeline(**self.pipe.components)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @contextmanager
+    def _tokens(self, tokens: Tensor, null: Tensor | None, settings: RenderSettings) -> Iterator[None]:
+        """The UNet reads these tokens inside, and is as before afterwards, also after an error."""
+        fresh = installed_context(self.unet) is None
+        context = install_ip_adapter(self.unet)
+        # As the pipeline decides it; a distilled UNet that takes guidance as an input runs one half.
+        guided = settings.guidance > 1 and self.unet.config.time_cond_proj_dim is None
+        device, order, before = next(self.unet.parameters()).device, context.order, list(context.sources)
+        try:
+            # K and V are computed at the first step of the batch and kept for the others.
+            context.add(
+                tokens.to(device),
+                null.to(device) if guided and null is not None else None,
+                weight=settings.weight,
+                adapter=self.adapter,
+            )
+            context.order = ("uncond", "cond") if guided else ("cond",)
+            yield
+        finally:
+            context.sources[:], context.order = before, order
+            if fresh:
+                uninstall_ip_adapter(self.unet)
+
+    def _text(self, settings: RenderSettings) -> dict[str, Tensor]:
+        """Embeddings of prompt and negative, (1, ...) each, as the pipeline takes them."""
+        device, dtype = self.pipe._execution_device, self.unet.dtype
+        if self._encode_prompt is not None:
+            embeds, pooled = self._encode_prompt([settings.prompt, settings.negative])
+            parts = (embeds[:1], embeds[1:], pooled[:1], pooled[1:])
+        else:
+            parts = self.pipe.encode_prompt(
+                settings.prompt, negative_prompt=settings.negative, do_classifier_free_guidance=True
+            )
+        names = (
+            "prompt_embeds",
+            "negative_prompt_embeds",
+            "pooled_prompt_embeds",
+            "negative_pooled_prompt_embeds",
+        )
+        return {name: part.to(device, dtype) for name, part in zip(names, parts, strict=True)}
+
+    def _checked_size(self, settings: RenderSettings) -> tuple[int, int]:
+        width, height = settings.size or self.default_size
+        step = self.pipe.vae_scale_factor
+        if width < step or height < step or width % step or height % step:
+            raise PitError(f"Expected a picture size in multiples of {step} px, got {width} x {height}.")
+        return width, height
+
+
+# loading
+
+
+def load_renderer(
+    sdxl: str | os.PathLike[str],
+    adapter: IPAdapter,
+    *,
+    config: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Renderer:
+    """A renderer from local files only: a diffusers folder, or one .safetensors checkpoint.
+
+    A single file holds no tokenizers; `config` names a local diffusers folder with SDXL's settings and
+    tokenizers (its weights are not needed). Raises PitError for what is missing, damaged or no SDXL.
+    """
+    path = Path(sdxl)
+    adapter.layers.check_fits(layers_on_disk(path), adapter.name)
+    pipe = load_folder(path, dtype) if path.is_dir() else load_single_file(path, config, dtype)
+    return Renderer(pipe.to(device), adapter)
+
+
+def load_folder(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The SDXL pipeline in a diffusers folder. Raises PitError when it is another model or incomplete."""
+    from diffusers import StableDiffusionXLPipeline
+
+    check_folder(folder)
+    variant = "fp16" if _has_only_fp16(folder / "unet") else None
+    with _plain_errors(folder):
+        return StableDiffusionXLPipeline.from_pretrained(
+            str(folder),
+            torch_dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=variant,
+            add_watermarker=False,
+        )
+
+
+def load_single_file(
+    path: Path, config: str | os.PathLike[str] | None, dtype: torch.dtype = torch.float32
+) -> Any:
+    """The SDXL pipeline in one .safetensors checkpoint, with the settings and tokenizers of `config`."""
+    from diffusers import StableDiffusionXLPipeline
+
+    check_single_file(path)
+    if config is None:
+        raise PitError(
+            f"'{path.name}' is a single file without tokenizers; name a local diffusers folder of SDXL that "
+            "has them (--sdxl-config FOLDER), or give a whole diffusers folder ('pit download sdxl')."
+        )
+    check_folder(Path(config))
+    with _plain_errors(path):
+        return StableDiffusionXLPipeline.from_single_file(
+            str(path), config=str(config), local_files_only=True, torch_dtype=dtype, add_watermarker=False
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise PitError unless this is a diffusers folder of the SDXL family with everything it names."""
+    if not folder.is_dir():
+        raise PitError(f"There is no folder '{folder}'; a diffusers folder of SDXL was expected.")
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise PitError(f"'{folder}' is no diffusers folder: it has no model_index.json.")
+    try:
+        named = json.loads(index.read_text("utf-8"))
+        kind = named["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PitError(f"'{index}' is damaged; fetch it again.") from error
+    if not str(kind).startswith("StableDiffusionXL"):
+        raise PitError(
+            f"'{folder}' holds a {kind}, but an SDXL model (StableDiffusionXLPipeline) was expected."
+        )
+    parts = [
+        name
+        for name, entry in named.items()
+        if not name.startswith("_") and isinstance(entry, list) and entry and entry[0] is not None
+    ]
+    missing = [name for name in parts if name not in ("watermarker",) and not (folder / name).is_dir()]
+    if missing:
+        raise PitError(f"'{folder}' is incomplete: its folder '{missing[0]}' is missing; fetch it again.")
+
+
+def check_single_file(path: Path) -> dict[str, list[int]]:
+    """The shapes in a whole safetensors checkpoint of the SDXL family, from its header alone.
+
+    Raises PitError for a file that is missing, damaged, cut short, or another model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = existing_file(path)
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise PitError(f"'{path.name}' is empty; its download probably failed, so fetch it again.")
+    if start[8:9] != b"{":
+        raise PitError(
+            f"'{path.name}' is no safetensors file; an SDXL checkpoint ending in .safetensors or a diffusers "
+            "folder was expected."
+        )
+    try:
+        with safe_open(str(path), framework="pt") as opened:
+            shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise PitError(f"'{path.name}' is damaged or cut short; fetch it again.") from error
+    if not any(key.startswith("model.diffusion_model.") for key in shapes):
+        raise PitError(f"'{path.name}' is no Stable Diffusion checkpoint; an SDXL model was expected.")
+    if not any(key.startswith("conditioner.embedders.1.") for key in shapes):
+        raise PitError(f"'{path.name}' is a Stable Diffusion checkpoint, but not of the SDXL family.")
+    if not any(key.startswith("first_stage_model.") for key in shapes):
+        raise PitError(f"'{path.name}' holds no VAE; give a complete SDXL checkpoint.")
+    return shapes
+
+
+def layers_on_disk(sdxl: str | os.PathLike[str]) -> list[AttentionLayer]:
+    """The UNet's cross-attention layers, without loading it: for checks before anything heavy.
+
+    Raises PitError as loading does.
+    """
+    path = Path(sdxl)
+    if not path.is_dir():
+        shapes = check_single_file(path)
+        return layers_of_ldm_shapes(
+            {k: s for k, s in shapes.items() if k.startswith("model.diffusion_model.")}
+        )
+    check_folder(path)
+    config = path / "unet" / "config.json"
+    try:
+        return layers_of_config(json.loads(config.read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise PitError(f"'{config}' is missing or damaged; fetch it again.") from error
+
+
+def check_adapter_fits(unet: Any, adapter: IPAdapter) -> None:
+    """Raise PitError, naming both families, unless the adapter's layers are those of the UNet."""
+    adapter.layers.check_fits(layers_of_unet(unet), adapter.name)
+
+
+def _has_only_fp16(folder: Path) -> bool:
+    names = [path.name for path in folder.glob("*.safetensors*")]
+    return bool(names) and all(".fp16" in name for name in names)
+
+
+@contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """diffusers' many kinds of failure on damaged or foreign files as one sentence."""
+    try:
+        yield
+    except PitError:
+        raise
+    except Exception as error:  # the libraries below have no common type of error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise PitError(f"'{path}' cannot be loaded as SDXL: {lines[0][:200].rstrip('.')}.") from error
+
+
+# small checks
+
+
+def _check_rows(tokens: Tensor, null: Tensor | None, seeds: Sequence[int]) -> None:
+    if tokens.ndim != 3 or not len(tokens):
+        raise PitError(f"Expected tokens of shape (pictures, tokens, width), got {tuple(tokens.shape)}.")
+    if len(seeds) != len(tokens):
+        raise PitError(f"Expected one seed per picture, got {len(seeds)} for {len(tokens)}.")
+    if null is not None and (null.ndim != 3 or null.shape[0] not in (1, len(tokens))):
+        raise PitError(f"Expected null tokens of 1 or {len(tokens)} rows, got the shape {tuple(null.shape)}.")
+    for name, values in (("tokens", tokens), ("null tokens", null)):
+        if values is not None and not bool(torch.isfinite(values).all()):
+            raise PitError(f"The {name} hold NaN or infinite numbers; check what made them.")
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+            raise PitError(f"Expected seeds that are whole numbers from 0 to 2^64 - 1, got {seed!r}.")
+
+
+def _rows_of(null: Tensor | None, rows: slice) -> Tensor | None:
+    return null if null is None or len(null) == 1 else null[rows]
+
+
+def _steps_taken(settings: RenderSettings, init_image: Image.Image | None) -> int:
+    return settings.steps if init_image is None else max(1, int(settings.steps * settings.strength))
+
+
+def _after_step(progress: Progress | None, before: int, total: int) -> Callable[..., dict[str, Any]]:
+    def after(_pipe: Any, step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if not bool(torch.isfinite(tensors["latents"]).all()):
+            raise PitError(
+                f"The picture turned into NaN at step {step + 1}: the numbers overflow; use --dtype float32 "
+                "or bfloat16, or a smaller weight or guidance."
+            )
+        if progress is not None:
+            progress(before + step + 1, total)
+        return tensors
+
+    return after
