@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -198,7 +199,7 @@ class Memory:
         return {name: values[rows] for name, values in self.values.items()}
 
 
-def mean_loss(objective: IPAdapterObjective, values: dict[str, Tensor], count: int = 20) -> float:
+def mean_loss(objective: IPAdapterObjective, values: dict[str, Tensor], count: int = 8) -> float:
     with torch.no_grad():
         losses = [objective(values, Draws(99, step, ALL, 4))["loss"] for step in range(count)]
     return float(torch.stack(losses).mean())
@@ -322,17 +323,17 @@ def teach_the_base(objective: IPAdapterObjective, values: dict[str, Tensor], ste
 def test_learns_four_examples_and_leaves_the_base_as_it_was(plan: str, tmp_path: Path) -> None:
     objective = objective_for(plan, alphas_cumprod=torch.tensor([0.5]), dropout=Dropout(0, 0, 0))
     values = examples(objective.unet)
-    teach_the_base(objective, values, steps=60)
+    teach_the_base(objective, values, steps=30)
     objective.adapter.layers.copy_from_unet(objective.unet)
     before = mean_loss(objective, values)
     untouched = {name: tensor.clone() for name, tensor in objective.unet.state_dict().items()}
     fresh = {name: tensor.clone() for name, tensor in objective.adapter.state_dict().items()}
-    config = LoopConfig(steps=90, batch_size=8, lr=2e-2, save_every=1000, ema_decay=0.9)
+    config = LoopConfig(steps=40, batch_size=8, lr=2e-2, save_every=1000, ema_decay=0.9)
     train(objective, Memory(values), config, tmp_path, quiet=True)
     after = mean_loss(objective, values)
-    assert after < 0.98 * before
+    assert after < before - 0.005
     # It is the pictures' own features that help, not just any.
-    assert after < mean_loss(objective, values | {"features": values["features"].roll(1, 0)}) - 0.005
+    assert after < mean_loss(objective, values | {"features": values["features"].roll(1, 0)}) - 0.003
     assert all(torch.equal(untouched[name], now) for name, now in objective.unet.state_dict().items())
     same = [name for name, now in objective.adapter.state_dict().items() if torch.equal(fresh[name], now)]
     assert same == []
@@ -582,11 +583,38 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def test_cached_and_live_encoding_train_the_same_adapter(models: Path, tmp_path: Path) -> None:
-    run(settings(models, tmp_path / "live", "sdxl"), quiet=True)
+    worker = {"steps": 3, "batch_size": 4, "lr": 1e-3, "workers": 1}
+    run(settings(models, tmp_path / "live", "sdxl", train=worker), quiet=True)
     run(settings(models, tmp_path / "cached", "sdxl", cache=str(tmp_path / "cache")), quiet=True)
     live, _ = load_tensors(tmp_path / "live" / "ip_adapter.safetensors")
     cached, _ = load_tensors(tmp_path / "cached" / "ip_adapter.safetensors")
     assert max(float((live[key] - cached[key]).abs().max()) for key in live) < 1e-5
+
+
+def _run_in_each_process(config: Path) -> None:
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # the fork has inherited a single-process state
+    run(config, quiet=True)
+    assert PartialState().num_processes == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_two_processes_share_the_encoding_and_train_the_same_adapter(models: Path, tmp_path: Path) -> None:
+    from accelerate import debug_launcher
+
+    one = settings(models, tmp_path / "one", "sd15", cache=str(tmp_path / "cache-of-one"))
+    two = settings(models, tmp_path / "two", "sd15", cache=str(tmp_path / "cache-of-two"))
+    run(one, quiet=True)
+    debug_launcher(_run_in_each_process, args=(two,), num_processes=2)
+    a, b = (load_tensors(tmp_path / name / "ip_adapter.safetensors")[0] for name in ("one", "two"))
+    losses = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    assert [step for step, _ in losses[1]] == [1, 2, 3]
+    assert all(x == pytest.approx(y, abs=2e-6) for (_, x), (_, y) in zip(*losses, strict=True))
+    # AdamW turns rounding in tiny gradients into parts of a step; three steps of 1e-3 were made.
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 2e-4
+    names = [sorted(p.name for p in (tmp_path / f"cache-of-{name}").iterdir()) for name in ("one", "two")]
+    assert names[0] == names[1]
 
 
 def test_a_run_can_train_the_projection_alone_and_start_from_a_file(models: Path, tmp_path: Path) -> None:
