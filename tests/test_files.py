@@ -35,6 +35,8 @@ from pit_core.files import (
     write_text_atomic,
 )
 
+posix = pytest.mark.skipif(os.name != "posix", reason="uses POSIX pipes, users or limits")
+
 
 def good(path):
     save_file(
@@ -129,6 +131,7 @@ def test_impossible_names_are_no_crash(tmp_path, name):
         load_tensors(os.path.join(str(tmp_path), name))
 
 
+@posix
 def test_folders_and_pipes_are_not_files(tmp_path):
     refused(tmp_path, "is a folder")
     os.mkfifo(tmp_path / "pipe")
@@ -264,6 +267,7 @@ def test_extra_bytes_at_the_end_are_damage(tmp_path):
     refused(raw(tmp_path / "x.safetensors", {"a": entry([1], 0, 4)}, b"\0" * 9), "is damaged")
 
 
+@posix
 def test_unreadable_files_are_said_so():
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
@@ -419,6 +423,7 @@ SIZE_LIMIT = """
 """
 
 
+@posix
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path):
     """The kernel's file size limit stands for the full disk: both fail in the middle of the write."""
     path = good(tmp_path / "x.safetensors")

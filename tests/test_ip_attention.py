@@ -389,6 +389,25 @@ def count_projections(adapter):
     return calls
 
 
+def test_layers_of_a_host_that_move_their_weights_compute_where_the_queries_are():
+    seen = []
+
+    class Operations:
+        class Linear(nn.Linear):
+            def forward(self, x):
+                seen.append(x.dtype)
+                return linear(x, self.weight.to(x))
+
+    layers = IPLayers([16], 24, operations=Operations)
+    source = TokenSource(layers, randn(1, 3, 24))
+    assert source.term(randn(2, 9, 16).half(), 0, heads=2).dtype == torch.float16
+    assert seen == [torch.float16] * 2
+    plain = IPLayers([16], 24)
+    plain.load_state_dict(layers.state_dict())
+    expected = TokenSource(plain, randn(1, 3, 24)).term(randn(2, 9, 16).half(), 0, heads=2)
+    assert torch.allclose(source.term(randn(2, 9, 16).half(), 0, heads=2), expected, atol=2e-3)
+
+
 @torch.no_grad()
 def test_keys_and_values_are_computed_once_per_run_not_per_step():
     unet = tiny_unet()
@@ -527,7 +546,9 @@ def test_adapters_of_another_family_are_refused_by_name():
     sd15 = layers_of_config(SD15)
     with torch.device("meta"):
         wrong = IPLayers([layer.width for layer in sd15], 768)
-    with pytest.raises(PitError, match=r"SD1\.5 \(16 layers, text width 768\).*a UNet with 15 layers, text width 24"):
+    with pytest.raises(
+        PitError, match=r"SD1\.5 \(16 layers, text width 768\).*a UNet with 15 layers, text width 24"
+    ):
         install_ip_adapter(unet, wrong)
     with pytest.raises(PitError, match="SDXL"):
         wrong.check_fits(layers_of_config(SDXL))

@@ -31,9 +31,14 @@ class IPLayer(nn.Module):
         self.to_k_ip = operations.Linear(context, width, bias=False, dtype=dtype, device=device)
         self.to_v_ip = operations.Linear(context, width, bias=False, dtype=dtype, device=device)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B, T, context) of any dtype and device -> K and V (B, T, width) in the weights' own."""
-        tokens = tokens.to(self.to_k_ip.weight)
+    def forward(self, tokens: Tensor, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """tokens (B, T, context) of any dtype and device -> K and V (B, T, width).
+
+        torch's own layers compute in their weights' dtype and place. A host's layers move and convert their
+        weights themselves, and those may be anywhere, so they compute where and as `like` is.
+        """
+        plain = like is None or type(self.to_k_ip) is nn.Linear
+        tokens = tokens.to(self.to_k_ip.weight if plain else like)
         return self.to_k_ip(tokens), self.to_v_ip(tokens)
 
 
@@ -54,9 +59,9 @@ class IPLayers(nn.ModuleDict):
         self.widths = tuple(widths)
         self.context = context
 
-    def keys_values(self, n: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of layer n, in adapter order from 0: (B, T, context) -> twice (B, T, width)."""
-        return self[str(2 * n + 1)](tokens)
+    def keys_values(self, n: int, tokens: Tensor, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """K and V of layer n, in adapter order from 0: (B, T, context) -> twice (B, T, width), as IPLayer."""
+        return self[str(2 * n + 1)](tokens, like)
 
     def check_fits(self, layers: Sequence[AttentionLayer], name: str = "This IP-Adapter") -> None:
         """Raise PitError unless every layer of the UNet finds its weights; names both families."""

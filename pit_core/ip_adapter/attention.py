@@ -136,7 +136,7 @@ class TokenSource:
         kept = self._kept.get(place)
         if kept is None or kept[0].dtype != like.dtype or kept[0].device != like.device:
             tokens = self.cond if place[1] == "cond" or self.uncond is None else self.uncond
-            k, v = self.layers.keys_values(n, tokens)
+            k, v = self.layers.keys_values(n, tokens, like)
             kept = (k.to(like), v.to(like))
             if self.cache and not k.requires_grad:
                 self._kept[place] = kept

@@ -130,7 +130,7 @@ def check_encoder(adapter: IPAdapter, hidden_width: int, projection_dim: int | N
     loaded = f"{_encoder_name(hidden_width, projection_dim)} ({what} of width {read})"
     raise PitError(
         f"{adapter.name} reads {what} of width {adapter.encoder_width}, which {matching_encoder(adapter)} "
-        f"makes, but the loaded image encoder is {loaded}; load the other one."
+        f"makes, but the loaded image encoder is {loaded}; load the matching one."
     )
 
 
