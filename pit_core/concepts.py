@@ -269,7 +269,7 @@ def check_prior_fits(prior: IPPrior, adapter: IPAdapter) -> None:
     theirs = (adapter.num_tokens, adapter.cross_attention_dim)
     if ours != theirs:
         raise PitError(
-            f"This IP-Prior works on {ours[0]} tokens of width {ours[1]}, but {adapter.name} makes {theirs[0]}"
+            f"The prior works on {ours[0]} tokens of width {ours[1]}, but {adapter.name} makes {theirs[0]}"
             f" of width {theirs[1]}; the released priors belong to ip-adapter-plus_sdxl_vit-h."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from .pictures import picture_files
 
 FORMAT = "piece-it-together run"
 VERSION = 1
+MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".bin")
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "pillow", "numpy")
 
 
@@ -158,7 +160,20 @@ class Record:
 
 def file_entry(path: Path, base: Path) -> dict[str, str]:
     """Path (relative to the record's folder where that is possible) and SHA-256."""
-    return {"path": _portable(path, base), "sha256": sha256_of(path)}
+    return {"path": _portable(path, base), "sha256": fingerprint(path)}
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file, or of a model folder: over the names and hashes of the files that matter."""
+    if not path.is_dir():
+        return sha256_of(path)
+    names = sorted(
+        file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix in MODEL_SUFFIXES
+    )
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(f"{name} {sha256_of(path / name)}\n".encode())
+    return digest.hexdigest()
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -198,11 +213,13 @@ def read_record(path: str | os.PathLike[str]) -> Record:
 
 
 def recorded_file(entry: Any, record: Path) -> Path:
-    """The file that a record names, checked to be the same. Raises PitError when it is gone or changed."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+    """The file or model folder that a record names; PitError when it is gone or has changed."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or "\0" in entry["path"]:
         raise PitError(f"'{record.name}' is damaged: a file's entry has no path.")
-    path = existing_file(Path(os.path.normpath(record.parent / entry["path"])))
-    if sha256_of(path) != entry.get("sha256"):
+    path = Path(os.path.normpath(record.parent / entry["path"]))
+    if not path.is_dir():
+        existing_file(path)
+    if fingerprint(path) != entry.get("sha256"):
         raise PitError(
             f"'{path}' has changed since the run was recorded; put the former file back to repeat it."
         )

@@ -1,0 +1,374 @@
+"""`pit sample`: picture files of parts in; concepts, a contact sheet, tokens and a record out, as files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from . import __version__
+from .concepts import (
+    Concept,
+    Job,
+    PriorSettings,
+    Stack,
+    StackFiles,
+    Stage,
+    advice,
+    concept_seeds,
+    load_stack,
+    make_many,
+    picture_seed,
+    prepare_parts,
+)
+from .errors import PitError
+from .files import existing_file, save_tensors
+from .parts.canvas import reference_grid
+from .pictures import SheetRow, Tile, contact_sheet, picture_files, read_picture, save_png
+from .render import RenderSettings
+from .runs import (
+    JobFiles,
+    Record,
+    RunFolder,
+    check_part_files,
+    file_entry,
+    part_kinds,
+    random_sets,
+    read_record,
+    recorded_file,
+    write_record,
+)
+
+__all__ = [
+    "DTYPES",
+    "JobFiles",
+    "Model",
+    "Output",
+    "PriorSettings",
+    "Repeat",
+    "Request",
+    "RunFolder",
+    "Settings",
+    "StackFiles",
+    "best_device",
+    "changed",
+    "check_render",
+    "check_same_weights",
+    "checked_device",
+    "notes",
+    "picture_files",
+    "read_jobs",
+    "repeat_of",
+    "run",
+]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make, in files. random: so many random sets of the parts, instead of all of them together."""
+
+    parts: Sequence[Path]
+    count: int
+    seed: int
+    reference: Sequence[Path] = ()
+    init: Path | None = None
+    random: int | None = None
+
+    def check(self) -> None:
+        """Raise PitError for what cannot run, before any model is loaded."""
+        if not self.parts:
+            raise PitError("Expected part pictures, got none; name them with --parts wing.png horns.png.")
+        if self.random is None:
+            check_part_files(self.parts)
+        elif not 1 <= self.random <= 1000:
+            raise PitError(f"Expected 1 to 1000 random sets, got {self.random}.")
+        else:
+            part_kinds(self.parts)
+        if len(self.reference) not in (0, 1, 4):
+            raise PitError(f"A reference is 1 picture or 4 (a 2x2 grid), but got {len(self.reference)}.")
+        for path in [*self.reference, *([self.init] if self.init else [])]:
+            existing_file(path)
+        concept_seeds(self.seed, self.count)
+
+    def jobs(self, most: int) -> list[JobFiles]:
+        """The sets of parts, each with seeds of its own; random sets have up to `most` parts."""
+        sets = (
+            [tuple(self.parts)]
+            if self.random is None
+            else random_sets(self.parts, self.random, self.seed, most)
+        )
+        seeds = concept_seeds(self.seed, self.count * len(sets))
+        return [
+            JobFiles(
+                parts, tuple(seeds[i * self.count : (i + 1) * self.count]), tuple(self.reference), self.init
+            )
+            for i, parts in enumerate(sets)
+        ]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All numbers and texts of a run."""
+
+    prior: PriorSettings = field(default_factory=PriorSettings)
+    render: RenderSettings = field(default_factory=RenderSettings)
+    as_sketch: bool = False
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Settings:
+        """Raises PitError for a record with other entries."""
+        try:
+            render = dict(record["render"])
+            render["size"] = None if render["size"] is None else tuple(render["size"])
+            return cls(PriorSettings(**record["prior"]), RenderSettings(**render), bool(record["as_sketch"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise PitError(
+                "The record's settings are damaged or of another release; they cannot be repeated."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Output:
+    """The files that a run wrote."""
+
+    folder: Path
+    sheet: Path
+    concepts: tuple[Path, ...]
+    record: Path
+    tokens: Path
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the record says of the models: their name, their files, device and dtype."""
+
+    name: str
+    files: StackFiles | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def load(self) -> Stack:
+        """The stack of `files`. Raises PitError as load_stack does, and for a device that is not there."""
+        if self.files is None:
+            raise PitError(f"There is no model named '{self.name}'; the miniature or files of your own are.")
+        return load_stack(self.files, device=checked_device(self.device), dtype=DTYPES[self.dtype])
+
+
+def run(
+    stack: Stack,
+    jobs: Sequence[JobFiles],
+    settings: Settings,
+    folder: RunFolder,
+    *,
+    model: Model,
+    command: Sequence[str] = (),
+    stage: Stage | None = None,
+) -> Output:
+    """Make the concepts of all jobs and write them; a run that fails leaves nothing behind.
+
+    Raises PitError for pictures that cannot be read, and as make_many and the writing do.
+    """
+    pictures = _read_all(jobs)
+    ready = [_job(files, pictures, settings.as_sketch) for files in jobs]
+    concepts = make_many(stack, ready, settings.prior, settings.render, stage=stage)
+    sheet = contact_sheet(
+        [_row(stack, *each) for each in zip(jobs, ready, concepts, strict=True)],
+    )
+    with folder.writing():
+        return _write(
+            folder, jobs, concepts, sheet, settings, _model_entry(model, stack, folder.folder), command
+        )
+
+
+def read_jobs(jobs: Sequence[JobFiles]) -> None:
+    """Read every picture once, so that a bad one is found before the models are loaded."""
+    _read_all(jobs)
+
+
+def check_render(changes: Mapping[str, Any]) -> None:
+    """Raise PitError for render settings out of range, before models are loaded; None is a default."""
+    changed(RenderSettings(), changes)
+
+
+def changed(defaults: RenderSettings, changes: Mapping[str, Any]) -> RenderSettings:
+    """The defaults with the changes that are not None."""
+    return replace(defaults, **{name: value for name, value in changes.items() if value is not None})
+
+
+def notes(stack: Stack, jobs: Sequence[JobFiles], settings: Settings) -> list[str]:
+    """What the user should know although the run goes on, each sentence once."""
+    white = Image.new("RGB", (1, 1))
+    found = [
+        note
+        for files in jobs
+        for note in advice(stack, Job([white] * len(files.parts), files.seeds, as_sketch=settings.as_sketch))
+    ]
+    return list(dict.fromkeys(found))
+
+
+# repeating
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A recorded run, its files found and unchanged."""
+
+    jobs: Sequence[JobFiles]
+    settings: Settings
+    model: Model
+    hashes: Mapping[str, str]
+
+
+def repeat_of(path: str | Path) -> Repeat:
+    """The run in a record file. Raises PitError when it is none, or when a file is gone or has changed."""
+    path = Path(path)
+    record = read_record(path)
+    try:
+        jobs = [_recorded_job(entry, path) for entry in record.jobs]
+        model = record.model
+        files = {name: recorded_file(entry, path) for name, entry in model.get("files", {}).items()}
+        named = Model(
+            str(model["name"]),
+            StackFiles(**files) if files else None,
+            str(model["device"]),
+            str(model["dtype"]),
+        )
+        hashes = {str(name): str(value) for name, value in model["hashes"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PitError(f"'{path.name}' is damaged or of another release; it cannot be repeated.") from error
+    if named.dtype not in DTYPES:
+        raise PitError(
+            f"'{path.name}' names the dtype '{named.dtype}', which is none of {', '.join(DTYPES)}."
+        )
+    return Repeat(jobs, Settings.from_record(record.settings), named, hashes)
+
+
+def check_same_weights(stack: Stack, hashes: Mapping[str, str]) -> None:
+    """Raise PitError when a stack that is known by name is no longer the recorded one."""
+    changed = sorted(
+        name for name in {**stack.hashes, **hashes} if stack.hashes.get(name) != hashes.get(name)
+    )
+    if changed:
+        raise PitError(
+            f"The model '{stack.name}' has changed since the run was recorded ({changed[0]}); "
+            "install the release that the record names to repeat it."
+        )
+
+
+def _recorded_job(entry: Mapping[str, Any], record: Path) -> JobFiles:
+    return JobFiles(
+        tuple(recorded_file(part, record) for part in entry["parts"]),
+        tuple(int(concept["seed"]) for concept in entry["concepts"]),
+        tuple(recorded_file(part, record) for part in entry["reference"]),
+        None if entry["init"] is None else recorded_file(entry["init"], record),
+    )
+
+
+# device
+
+
+def checked_device(name: str) -> torch.device:
+    """A torch device that is there. Raises PitError for others."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise PitError(f"The device '{name}' is not available here; cpu always is.") from error
+    return device
+
+
+def best_device() -> str:
+    """cuda or mps where there is one, else cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+# pieces of a run
+
+
+def _read_all(jobs: Sequence[JobFiles]) -> dict[Path, Image.Image]:
+    return {path: read_picture(path) for path in dict.fromkeys(p for job in jobs for p in job.files())}
+
+
+def _job(files: JobFiles, pictures: Mapping[Path, Image.Image], as_sketch: bool) -> Job:
+    return Job(
+        [pictures[path] for path in files.parts],
+        files.seeds,
+        [pictures[path] for path in files.reference],
+        None if files.init is None else pictures[files.init],
+        as_sketch,
+    )
+
+
+def _row(stack: Stack, files: JobFiles, job: Job, concepts: Sequence[Concept]) -> SheetRow:
+    """What the encoder saw of the parts, then the concepts."""
+    squares = prepare_parts(stack, job.parts, job.as_sketch)
+    parts = [Tile(square, path.stem) for square, path in zip(squares, files.parts, strict=True)]
+    if job.reference:
+        parts.append(Tile(reference_grid(job.reference, stack.canvas), "reference"))
+    if job.init is not None:
+        parts.append(Tile(job.init, "start"))
+    return SheetRow(parts, [Tile(concept.image, f"seed {concept.seed}") for concept in concepts])
+
+
+def _write(
+    folder: RunFolder,
+    jobs: Sequence[JobFiles],
+    concepts: Sequence[Sequence[Concept]],
+    sheet: Image.Image,
+    settings: Settings,
+    model: Mapping[str, Any],
+    command: Sequence[str],
+) -> Output:
+    paths: list[Path] = []
+    entries = []
+    for files, made in zip(jobs, concepts, strict=True):
+        names = []
+        for concept in made:
+            path = folder.add(f"concept-{len(paths) + 1:02d}.png")
+            text = {"Software": f"Piece it Together {__version__}", "pit seed": str(concept.seed)}
+            save_png(concept.image, path, text | {"pit parts": ", ".join(part.name for part in files.parts)})
+            paths.append(path)
+            names.append(path.name)
+        entries.append(_job_entry(files, names, folder.folder))
+    every = [concept for made in concepts for concept in made]
+    tokens = folder.add("tokens.safetensors")
+    seeds = [concept.seed for concept in every]
+    metadata = {"kind": "ip_tokens", "version": "1", "seeds": seeds, "model": model["name"]}
+    save_tensors(tokens, {"tokens": torch.stack([concept.tokens for concept in every])}, metadata)
+    sheet_path = folder.add("contact-sheet.png")
+    save_png(sheet, sheet_path)
+    # Last, because it says that the run is complete.
+    record = folder.add("record.json")
+    write_record(record, Record(model, asdict(settings), entries, command))
+    return Output(folder.folder, sheet_path, tuple(paths), record, tokens)
+
+
+def _job_entry(files: JobFiles, names: Sequence[str], base: Path) -> dict[str, Any]:
+    return {
+        "parts": [file_entry(path, base) for path in files.parts],
+        "reference": [file_entry(path, base) for path in files.reference],
+        "init": None if files.init is None else file_entry(files.init, base),
+        "concepts": [
+            {"file": name, "seed": seed, "picture_seed": picture_seed(seed)}
+            for name, seed in zip(names, files.seeds, strict=True)
+        ],
+    }
+
+
+def _model_entry(model: Model, stack: Stack, base: Path) -> dict[str, Any]:
+    files = {} if model.files is None else model.files.named()
+    return {
+        "name": model.name,
+        "device": model.device,
+        "dtype": model.dtype,
+        "hashes": dict(stack.hashes),
+        "files": {name: file_entry(path, base) for name, path in files.items()},
+    }
