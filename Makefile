@@ -14,7 +14,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 
 PY := .venv/bin/python
-PIP := $(PY) -m pip -qq --disable-pip-version-check
+# Compiling every module of every package would take longer than everything that is ever imported.
+INSTALL := $(PY) -m pip -qq --disable-pip-version-check install --no-compile -c constraints.txt
 KEY := $(shell { pwd; cat pyproject.toml requirements.txt constraints.txt; } | cksum | cut -d ' ' -f 1)
 READY := .venv/.ready-$(KEY)
 
@@ -53,14 +54,16 @@ clean:
 $(READY):
 	@if [ -d .venv ] && ! { $(PY) -m pip --version && grep -F "$(CURDIR)/.venv" .venv/bin/pip; } >/dev/null 2>&1; then \
 		echo "The environment in .venv is broken or was moved here: making a new one."; rm -rf .venv; fi
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { \
+		echo "Python 3.10 or newer is needed; name one that is: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "Installing into .venv (once; about a minute, longer on a slow line) ..."
 	@[ -d .venv ] || $(PYTHON) -m venv .venv
 	@rm -f .venv/.ready-*
 	@echo "  1/2 torch"
-	@$(PIP) install -c constraints.txt torch $(TORCH_SOURCE)
+	@$(INSTALL) torch $(TORCH_SOURCE)
 	@if [ -n "$(TORCH_INDEX)" ]; then echo "$(TORCH_INDEX)" > .venv/.torch-index; fi
 	@echo "  2/2 everything else"
-	@$(PIP) install -c constraints.txt -e ".[headless,train,dev]"
+	@$(INSTALL) -e ".[headless,train,dev]"
 	@$(PY) -c "import accelerate, diffusers, importlinter, pit_core, pytest, torch, transformers, typer" || { \
 		echo "The environment is incomplete. Run 'make clean', then the same command again." >&2; exit 1; }
 	@touch $@
