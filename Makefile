@@ -54,7 +54,7 @@ clean:
 $(READY):
 	@if [ -d .venv ] && ! { $(PY) -m pip --version && grep -F "$(CURDIR)/.venv" .venv/bin/pip; } >/dev/null 2>&1; then \
 		echo "The environment in .venv is broken or was moved here: making a new one."; rm -rf .venv; fi
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { \
+	@[ -d .venv ] || $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { \
 		echo "Python 3.10 or newer is needed; name one that is: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "Installing into .venv (once; about a minute, longer on a slow line) ..."
 	@[ -d .venv ] || $(PYTHON) -m venv .venv
