@@ -161,9 +161,9 @@ class PatchReader(nn.Module):
     def __init__(self, outputs: int, width: int = 96, layers: int = 4, heads: int = 4) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(3, 24, 4, stride=4), nn.GELU(), nn.Conv2d(24, width, 5, stride=2, padding=2)
+            nn.Conv2d(3, 24, 4, stride=4), nn.GELU(), nn.Conv2d(24, width, 5, stride=4, padding=2)
         )
-        self.position = nn.Parameter(0.02 * torch.randn(1, 257, width))
+        self.position = nn.Parameter(0.02 * torch.randn(1, 65, width))
         self.summary = nn.Parameter(torch.zeros(1, 1, width))
         layer = nn.TransformerEncoderLayer(
             width, heads, 3 * width, 0.0, "gelu", batch_first=True, norm_first=True

@@ -52,11 +52,16 @@ class DecoderObjective(Objective):
 class ContrastiveObjective(Objective):
     """CLIP's symmetric loss, equal captions counted as matches, and a linear read-out of the attributes."""
 
-    def __init__(self, image_encoder: Any, text_encoder: Any) -> None:
+    def __init__(self, image_encoder: Any, text_encoder: Any, read_weight: float = 1.0) -> None:
         super().__init__()
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
+        self.read_weight = read_weight
         self.readout = nn.Linear(models.PROJECTION, reader.OUTPUTS)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
+    def read_attributes(self, pixels: Tensor) -> Tensor:
+        """(B, 3, 128, 128) in [-1, 1] -> (B, reader.OUTPUTS)."""
+        return self.readout(self.image_encoder(models.clip_pixels(pixels)).image_embeds)
 
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
         """Batch: "pixels" (B, 3, 128, 128) in [-1, 1], "ids" (B, T), "labels" (B, LABELS)."""
@@ -69,7 +74,12 @@ class ContrastiveObjective(Objective):
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         read = reader.loss(self.readout(image), batch["labels"])
         right = same[torch.arange(len(same)), logits.argmax(1)].mean()
-        return {"loss": contrast + read, "contrast": contrast, "read": read, "right": right}
+        return {
+            "loss": contrast + self.read_weight * read,
+            "contrast": contrast,
+            "read": read,
+            "right": right,
+        }
 
 
 class ReaderObjective(Objective):

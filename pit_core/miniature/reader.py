@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .critters import COLOUR_NAMES, KINDS, MANDATORY, SCENES, SHAPES, STYLES, Critter
@@ -87,7 +87,7 @@ class Readings:
 
 
 @torch.no_grad()
-def read(reader: nn.Module, pixels: Tensor, chunk: int = 64) -> Readings:
+def read(reader: Callable[[Tensor], Tensor], pixels: Tensor, chunk: int = 64) -> Readings:
     """Read pictures (B, 3, 128, 128) in [-1, 1]."""
     parts = [split(reader(rows).float()) for rows in pixels.split(chunk)]
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -25,6 +25,13 @@ from .batches import Captioned, Captioner, Concepts, Conditioned, Pictures, cach
 from .corrupt import corrupt
 from .critters import STYLES, random_critter
 from .data import PictureSet
+from .objectives import (
+    ContrastiveObjective,
+    DecoderObjective,
+    ReaderObjective,
+    UNetObjective,
+    VAEObjective,
+)
 from .tokenizer import WordTokenizer
 
 # Seeds of the picture sets; the check sets hold combinations that no training set contains.
@@ -110,8 +117,6 @@ def load_stage(objective: Objective, out: Path, stage: str) -> int:
 
 def train_encoders(out: Path, **options: Any) -> Result:
     """Text and image encoder, contrastive, on the world and on the concepts' parts."""
-    from .objectives import ContrastiveObjective
-
     torch.manual_seed(2)
     tokenizer = WordTokenizer(models.TEXT_LENGTH)
     objective = ContrastiveObjective(models.build_image_encoder(), models.build_text_encoder(len(tokenizer)))
@@ -134,6 +139,50 @@ def train_encoders(out: Path, **options: Any) -> Result:
     return train(objective, batches, config, out / "encoders", description="encoders", **options)
 
 
+def _vision_objective(out: Path) -> ContrastiveObjective:
+    """The encoders as trained, the text's frozen: other models learn on its embeddings already."""
+    text = models.build_text_encoder(len(WordTokenizer(models.TEXT_LENGTH)))
+    objective = ContrastiveObjective(models.build_image_encoder(), text, read_weight=2.0)
+    load_stage(objective, out, "encoders")
+    text.requires_grad_(False)
+    return objective
+
+
+def train_vision(out: Path, **options: Any) -> Result:
+    """The image encoder further, mostly on whole critters, whose shapes take longest to tell apart."""
+    torch.manual_seed(9)
+    base = _base_pictures(out)
+    parts = len(base.sets[0]) + np.flatnonzero(base.sets[1].labels[:, -1] != 0)[::8]
+    chosen = Pictures(base.sets, rows=np.concatenate([base.rows, parts]))
+    batches = Captioned(chosen, captioner(out), WordTokenizer(models.TEXT_LENGTH))
+    check = pictures(out, "world-check")
+    whole = check.labels[:, -1] == 0
+    pixels, objective = to_pixels(check.pixels[whole]), _vision_objective(out)
+
+    def validate(step: int) -> dict[str, float]:
+        readings = reader.read(objective.read_attributes, pixels)
+        return {
+            f"whole_{name}": value for name, value in reader.accuracy(readings, check.labels[whole]).items()
+        }
+
+    config = LoopConfig(
+        steps=2400,
+        batch_size=96,
+        lr=1e-3,
+        schedule="cosine",
+        warmup=60,
+        weight_decay=0.02,
+        betas=(0.9, 0.98),
+        ema_decay=0.995,
+        precision="bf16",
+        seed=9,
+        save_every=200,
+    )
+    return train(
+        objective, batches, config, out / "vision", description="vision", validate=validate, **options
+    )
+
+
 @torch.no_grad()
 def reconstruction_db(vae: Any, pixels: Tensor) -> float:
     """Mean PSNR in dB over pictures (B, 3, H, W) in [-1, 1], through encode and decode."""
@@ -147,8 +196,6 @@ def reconstruction_db(vae: Any, pixels: Tensor) -> float:
 
 def train_vae(out: Path, **options: Any) -> Result:
     """The VAE on lively crops."""
-    from .objectives import VAEObjective
-
     torch.manual_seed(1)
     vae = models.build_vae()
     check = to_pixels(pictures(out, "world-check").pixels[:100])
@@ -177,8 +224,6 @@ def train_vae(out: Path, **options: Any) -> Result:
 
 
 def trained_reader(out: Path, name: str) -> nn.Module:
-    from .objectives import ReaderObjective
-
     model = models.build_reader(name)
     load_stage(ReaderObjective(model), out, f"reader-{name}")
     return model.requires_grad_(False)
@@ -186,8 +231,6 @@ def trained_reader(out: Path, name: str) -> nn.Module:
 
 def train_reader(out: Path, name: str, **options: Any) -> Result:
     """The attribute reader ``name``: "tuning" (convolutional) or "judge" (a transformer)."""
-    from .objectives import ReaderObjective
-
     seed = {"tuning": 3, "judge": 4}[name]
     torch.manual_seed(seed)
     model = models.build_reader(name)
@@ -226,8 +269,6 @@ def train_reader(out: Path, name: str, **options: Any) -> Result:
 
 def trained_vae(out: Path) -> Any:
     """The VAE with its latents normalised to SDXL's scale; its decoder is the finished one when there is one."""
-    from .objectives import DecoderObjective, VAEObjective
-
     vae = models.build_vae()
     load_stage(VAEObjective(vae), out, "vae")
     if latest_checkpoint(out / "decoder"):
@@ -246,8 +287,6 @@ def trained_vae(out: Path) -> Any:
 
 def train_decoder(out: Path, **options: Any) -> Result:
     """The VAE's decoder alone on whole pictures, while the latents that others learn on stay as they are."""
-    from .objectives import DecoderObjective, VAEObjective
-
     vae = models.build_vae()
     load_stage(VAEObjective(vae), out, "vae")
     check = to_pixels(pictures(out, "world-check").pixels[:100])
@@ -277,12 +316,9 @@ def train_decoder(out: Path, **options: Any) -> Result:
 
 def trained_encoders(out: Path) -> tuple[Any, Any]:
     """Image and text encoder, frozen."""
-    from .objectives import ContrastiveObjective
-
-    image = models.build_image_encoder()
-    text = models.build_text_encoder(len(WordTokenizer(models.TEXT_LENGTH)))
-    load_stage(ContrastiveObjective(image, text), out, "encoders")
-    return image.requires_grad_(False), text.requires_grad_(False)
+    objective = _vision_objective(out)
+    load_stage(objective, out, "vision")
+    return objective.image_encoder.requires_grad_(False), objective.text_encoder
 
 
 def _base_pictures(out: Path) -> Pictures:
@@ -312,10 +348,8 @@ def alphas_cumprod() -> Tensor:
 
 def train_unet(out: Path, **options: Any) -> Result:
     """The SDXL-family UNet on cached latents and fresh captions."""
-    from .objectives import UNetObjective
-
     torch.manual_seed(6)
-    _, text = trained_encoders(out)
+    text = _vision_objective(out).text_encoder
     batches = Conditioned(
         _base_pictures(out),
         captioner(out, neutral=0.12),
@@ -339,8 +373,6 @@ def train_unet(out: Path, **options: Any) -> Result:
 
 
 def trained_unet(out: Path) -> Any:
-    from .objectives import UNetObjective
-
     unet = models.build_unet()
     load_stage(UNetObjective(unet, alphas_cumprod()), out, "unet")
     return unet.requires_grad_(False)
@@ -439,6 +471,7 @@ def trained_prior(out: Path) -> IPPrior:
 
 STAGES: dict[str, Callable[..., Result]] = {
     "encoders": train_encoders,
+    "vision": train_vision,
     "vae": train_vae,
     "decoder": train_decoder,
     "reader-tuning": lambda out, **options: train_reader(out, "tuning", **options),
