@@ -127,7 +127,7 @@ def _plain_warnings() -> Iterator[None]:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", category=UserWarning, module=r"pit_core(\.|$)")
         warnings.showwarning = show
-        # diffusers and transformers log at length while they are imported; what matters comes as a note of ours.
+        # diffusers and transformers log at length while they are imported; our own notes are printed.
         logging.disable(logging.WARNING)
         try:
             yield

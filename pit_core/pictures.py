@@ -17,10 +17,10 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from .errors import PitError
 from .files import existing_file, replacing
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_SIDE = 16_384  # larger than any camera's picture
-MAX_PIXELS = 150_000_000
+MAX_PIXELS = 89_000_000  # where Pillow begins to warn of decompression bombs
 KEPT_SIDE = 4096  # what is larger is scaled down on reading: no model here sees more than 1024
 
 # What Pillow raises for damaged files, besides OSError.
@@ -50,7 +50,7 @@ def read_picture(path: str | os.PathLike[str]) -> Image.Image:
     Above 4096 px the picture is scaled down. The format is told by the content, not by the suffix.
 
     Raises PitError for a file that is missing, a folder, empty, no picture, damaged or cut short, animated,
-    or larger than 16384 px a side or 150 megapixels.
+    or larger than 16384 px a side or 89 megapixels.
     """
     path = existing_file(path)
     with _opened(path) as image:
@@ -97,8 +97,11 @@ def _opened(path: Path) -> Image.Image:
     if path.stat().st_size == 0:
         raise PitError(f"'{path.name}' is empty; a picture file was expected.")
     try:
-        # The limit on pixels is checked by us, before anything is decoded.
         return Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise PitError(
+            f"'{path.name}' is too large: at most {MAX_PIXELS // 1_000_000} megapixels are read; scale it down."
+        ) from error
     except _DAMAGED as error:
         raise PitError(
             f"'{path.name}' is not a picture that can be read; PNG, JPEG, WebP, GIF, BMP and TIFF files can."
