@@ -100,7 +100,7 @@ def _opened(path: Path) -> Image.Image:
         return Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise PitError(
-            f"'{path.name}' is too large: at most {MAX_PIXELS // 1_000_000} megapixels are read; scale it down."
+            f"'{path.name}' is too large: {MAX_PIXELS // 1_000_000} megapixels are the limit; scale it down."
         ) from error
     except _DAMAGED as error:
         raise PitError(

@@ -1,5 +1,6 @@
 """Reading picture files of every kind, refusing what is none, and the contact sheet."""
 
+import struct
 import warnings
 from collections.abc import Callable
 from io import BytesIO
@@ -197,9 +198,9 @@ def test_a_picture_20000_px_wide_is_refused_before_it_is_decoded(tmp_path: Path)
     Image.new("1", (20_000, 4)).save(tmp_path / "wide.png")
     with pytest.raises(PitError, match=rf"20000 x 4 px, too large.*{MAX_SIDE}"):
         read_picture(tmp_path / "wide.png")
-    Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")
-    Image.new("1", (16_000, 16_000)).save(tmp_path / "bomb.png")
-    for name in ("large.png", "bomb.png"):
+    whole = _bytes(format="BMP")
+    for name, side in (("large.bmp", 9_500), ("bomb.bmp", 16_000)):
+        (tmp_path / name).write_bytes(whole[:18] + struct.pack("<ii", side, side) + whole[26:])
         with pytest.raises(PitError, match="89 megapixels"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             read_picture(tmp_path / name)
