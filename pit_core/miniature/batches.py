@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..train.loop import Item
 from . import models
-from .critters import CANVAS, KINDS
+from .critters import CANVAS
 from .data import VIEWS, Picture, PictureSet
 from .tokenizer import WordTokenizer
 
@@ -30,18 +27,15 @@ TIME_IDS = (CANVAS, CANVAS, 0, 0, CANVAS, CANVAS)
 
 def to_pixels(images: np.ndarray) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
-    return (
-        torch.from_numpy(np.ascontiguousarray(images))
-        .permute(0, 3, 1, 2)
-        .contiguous()
-        .float()
-        .div(127.5)
-        .sub(1.0)
-    )
+    channels_first = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return torch.from_numpy(channels_first).float().div(127.5).sub(1.0)
 
 
 class Pictures:
-    """Batches of pictures with labels, whole or as square crops; of three random crops the liveliest is taken."""
+    """Batches of pictures with labels, whole or as lively square crops.
+
+    ``rows`` picks some of the sets' pictures, counted over all sets in order.
+    """
 
     def __init__(
         self, sets: Sequence[PictureSet], crop: int | None = None, rows: np.ndarray | None = None
@@ -64,16 +58,16 @@ class Pictures:
         for item in items:
             pictures, row = self.place(item[1])
             picture = pictures.pixels[row]
-            pixels.append(picture if self.crop is None else self._lively_crop(picture, item))
+            pixels.append(picture if self.crop is None else _lively_crop(picture, self.crop, item))
             labels.append(pictures.labels[row])
         return {"pixels": to_pixels(np.stack(pixels)), "labels": torch.from_numpy(np.stack(labels))}
 
-    def _lively_crop(self, picture: np.ndarray, item: Item) -> np.ndarray:
-        assert self.crop is not None
-        rng = np.random.default_rng(item)
-        corners = rng.integers(0, picture.shape[0] - self.crop + 1, (3, 2))
-        crops = [picture[y : y + self.crop, x : x + self.crop] for y, x in corners]
-        return max(crops, key=lambda crop: float(crop[::4, ::4].std()))
+
+def _lively_crop(picture: np.ndarray, size: int, item: Item) -> np.ndarray:
+    """The most varied of three random crops, so that little time goes into empty paper."""
+    corners = np.random.default_rng(item).integers(0, picture.shape[0] - size + 1, (3, 2))
+    crops = [picture[y : y + size, x : x + size] for y, x in corners]
+    return max(crops, key=lambda crop: float(crop[::4, ::4].std()))
 
 
 class Captioner:
@@ -106,7 +100,7 @@ class Captioned:
 
 
 class Conditioned:
-    """Cached latents (and image features) with freshly encoded captions, as the UNet and the adapter train on them."""
+    """Cached latents (and image features) with freshly encoded captions, for the UNet and the adapter."""
 
     def __init__(
         self,
@@ -156,47 +150,3 @@ class Concepts:
         rows = start + 1 + rng.permutation(count)[:kept]
         given = [torch.from_numpy(self.tokens[row]).float() for row in rows]
         return torch.cat([*given, *([self.white] * (self.slots - kept))])
-
-
-@torch.no_grad()
-def cached(
-    folder: Path,
-    name: str,
-    sets: Sequence[PictureSet],
-    make: Callable[[Tensor], Tensor],
-    rows: np.ndarray | None = None,
-    chunk: int = 100,
-) -> np.ndarray:
-    """``make(pixels)`` of the sets' pictures, as fp16 on disk; continues where it was interrupted.
-
-    The array has a row for each picture; where ``rows`` are given only these are filled in.
-    """
-    path, mark = folder / f"{name}.npy", folder / f"{name}.json"
-    pictures = Pictures(sets, rows=rows)
-    total = sum(map(len, sets))
-    done = json.loads(mark.read_text())["rows"] if mark.exists() else 0
-    if done < len(pictures):
-        folder.mkdir(parents=True, exist_ok=True)
-        shape = make(to_pixels(sets[0].pixels[:1])).shape[1:]
-        values = np.lib.format.open_memmap(
-            path, mode="r+" if done else "w+", dtype=np.float16, shape=(total, *shape)
-        )
-        for start in tqdm(range(done, len(pictures), chunk), desc=f"caching {name}"):
-            stop = min(start + chunk, len(pictures))
-            pixels = pictures.fetch([(0, index) for index in range(start, stop)])["pixels"]
-            values[pictures.rows[start:stop]] = make(pixels).half().numpy()
-            if (start // chunk) % 50 == 49 or stop == len(pictures):
-                values.flush()
-                _mark(mark, stop)
-    return np.load(path, mmap_mode="r")
-
-
-def _mark(path: Path, rows: int) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"rows": rows}))
-    os.replace(part, path)
-
-
-def kinds_given(labels: np.ndarray) -> list[str]:
-    """The kinds of the parts that a label row shows."""
-    return [kind for slot, kind in enumerate(KINDS) if labels[slot] < 4]

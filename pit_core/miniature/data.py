@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..errors import PitError
+from ..files import write_text_atomic
 from . import critters
-from .critters import BUILD_WORDS, CANVAS, COLOUR_NAMES, KINDS, SCENES, SHAPES, STYLES, Critter
+from .critters import CANVAS, COLOUR_NAMES, KINDS, SCENES, SHAPES, STYLES, Critter
 
 # What a reader says of a part, after its four shapes.
 ABSENT, DOUBLED, GARBLED = 4, 5, 6
@@ -78,7 +80,7 @@ def world_picture(seed: int, index: int, *, held_out: bool = False) -> Picture:
 
 
 def part_view(critter: Critter, kind: str, rng: np.random.Generator) -> Picture:
-    """A part picture as artists bring them: sometimes turned by up to 30 degrees, filling 0.8 to 0.95 of the square."""
+    """A part picture as artists bring them: sometimes turned by up to 30 degrees, with any margin."""
     turn = float(rng.uniform(-30, 30)) if rng.random() < 0.2 else 0.0
     pose = replace(critter.pose, rotation=critter.pose.rotation + turn)
     return Picture(replace(critter, pose=pose), kind, float(rng.uniform(0.8, 0.95)))
@@ -97,61 +99,105 @@ def concept_pictures(seed: int, index: int) -> list[Picture]:
     return [Picture(critter), *(part_view(critter, kind, rng) for kind in critter.parts())]
 
 
+# sets on disk
+
 Drawn = tuple[np.ndarray, np.ndarray]
 """Pixels (128, 128, 3) uint8 and labels (LABELS,)."""
 
+Maker = Callable[[int], list[Drawn]]
+"""A group's number -> its pictures; a function of a module, because other processes call it."""
+
+Job = tuple[Path, Maker, Sequence[int]]
+"""A chunk of a set: its file, and which groups it holds."""
+
 
 def draw_set(
-    folder: Path, name: str, make: Callable[[int], list[Drawn]], count: int, *, quiet: bool = False
+    folder: Path,
+    name: str,
+    make: Maker,
+    count: int,
+    *,
+    chunk: int = 500,
+    workers: int | None = None,
+    quiet: bool = False,
 ) -> PictureSet:
-    """Draw ``count`` groups of pictures into ``folder/name``, or open them when they are there already."""
+    """Draw ``count`` groups of pictures into ``folder/name``, or open them when they are there already.
+
+    Work that was interrupted goes on with the chunks that are missing; ``workers`` processes share it (None:
+    one per core). Raises PitError when a set of another size is there.
+    """
     target = folder / name
-    if not (target / "done.json").exists():
+    if not _is_drawn(target, count):
         target.mkdir(parents=True, exist_ok=True)
-        chunks = [range(start, min(start + 500, count)) for start in range(0, count, 500)]
-        jobs = [(str(target / f"chunk-{n:05d}.npz"), make, chunk) for n, chunk in enumerate(chunks)]
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            sizes = list(
-                tqdm(pool.map(_draw_chunk, jobs), total=len(jobs), desc=f"drawing {name}", disable=quiet)
-            )
-        _join(target, [Path(job[0]) for job in jobs], sum(sizes))
-        (target / "done.json").write_text(json.dumps({"count": count}))
+        starts = range(0, count, chunk)
+        jobs: list[Job] = [
+            (target / f"chunk-{number:05d}.npz", make, range(start, min(start + chunk, count)))
+            for number, start in enumerate(starts)
+        ]
+        with tqdm(total=len(jobs), desc=f"drawing {name}", disable=quiet) as bar:
+            _draw_missing(jobs, workers or os.cpu_count() or 1, bar)
+        _join(target, [path for path, _, _ in jobs])
+        write_text_atomic(target / "done.json", json.dumps({"count": count}))
+        for path, _, _ in jobs:
+            path.unlink()
     return PictureSet(target)
 
 
-def _draw_chunk(job: tuple[str, Callable[[int], list[Drawn]], Sequence[int]]) -> int:
-    path, make, indices = job
-    if not os.path.exists(path):
-        pixels, labels, groups = [], [], []
-        for index in indices:
-            for picture, label in make(index):
-                pixels.append(picture)
-                labels.append(label)
-                groups.append(index)
-        with open(path + ".part", "wb") as file:
-            np.savez(file, pixels=np.stack(pixels), labels=np.stack(labels), groups=np.array(groups))
-        os.replace(path + ".part", path)
-    with np.load(path) as chunk:
-        return len(chunk["groups"])
+def _is_drawn(target: Path, count: int) -> bool:
+    mark = target / "done.json"
+    if not mark.exists():
+        return False
+    there = json.loads(mark.read_text("utf-8"))["count"]
+    if there != count:
+        raise PitError(
+            f"'{target}' holds {there} groups of pictures, but {count} were asked for; take another folder."
+        )
+    return True
 
 
-def _join(target: Path, paths: list[Path], total: int) -> None:
+def _draw_missing(jobs: Sequence[Job], workers: int, bar: tqdm) -> None:
+    missing = [job for job in jobs if not job[0].exists()]
+    bar.update(len(jobs) - len(missing))
+    if min(workers, len(missing)) <= 1:
+        for job in missing:
+            _draw_chunk(job)
+            bar.update()
+        return
+    with ProcessPoolExecutor(min(workers, len(missing))) as pool:
+        for _ in pool.map(_draw_chunk, missing):
+            bar.update()
+
+
+def _draw_chunk(job: Job) -> None:
+    path, make, groups = job
+    drawn = [(*each, group) for group in groups for each in make(group)]
+    pixels, labels, numbers = zip(*drawn, strict=True)
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        np.savez(file, pixels=np.stack(pixels), labels=np.stack(labels), groups=np.array(numbers))
+    os.replace(part, path)
+
+
+def _join(target: Path, paths: Sequence[Path]) -> None:
+    """The chunks as one array each for pixels, labels and groups; pixels are copied a chunk at a time."""
+    labels, groups = [], []
+    for path in paths:
+        with np.load(path) as chunk:
+            labels.append(chunk["labels"])
+            groups.append(chunk["groups"])
+    total = sum(map(len, groups))
     pixels = np.lib.format.open_memmap(
         target / "pixels.npy", mode="w+", dtype=np.uint8, shape=(total, CANVAS, CANVAS, 3)
     )
-    labels, groups, start = [], [], 0
+    start = 0
     for path in paths:
         with np.load(path) as chunk:
-            rows = len(chunk["groups"])
-            pixels[start : start + rows] = chunk["pixels"]
-            labels.append(chunk["labels"])
-            groups.append(chunk["groups"])
-            start += rows
+            rows = chunk["pixels"]
+        pixels[start : start + len(rows)] = rows
+        start += len(rows)
     pixels.flush()
     np.save(target / "labels.npy", np.concatenate(labels))
     np.save(target / "groups.npy", np.concatenate(groups))
-    for path in paths:
-        path.unlink()
 
 
 class PictureSet:
@@ -165,8 +211,3 @@ class PictureSet:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-def build_class(per_mille: np.ndarray) -> np.ndarray:
-    """The build word's index of a build given per mille."""
-    return np.minimum(per_mille * len(BUILD_WORDS) // 1000, len(BUILD_WORDS) - 1)

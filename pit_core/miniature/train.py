@@ -21,7 +21,8 @@ from ..train.ip_adapter import Dropout, IPAdapterObjective
 from ..train.ip_prior import IPPriorObjective
 from ..train.loop import LoopConfig, Objective, Result, latest_checkpoint, load_average, train
 from . import data, models, reader
-from .batches import Captioned, Captioner, Concepts, Conditioned, Pictures, cached, to_pixels
+from .batches import Captioned, Captioner, Concepts, Conditioned, Pictures, to_pixels
+from .cache import cached
 from .corrupt import corrupt
 from .critters import STYLES, random_critter
 from .data import PictureSet
