@@ -1,4 +1,4 @@
-"""From training checkpoints to the weights that ship: fp16 files in the released layouts, and their manifest."""
+"""From checkpoints to the weights that ship: fp16 files in the released layouts, and their manifest."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ..ip_adapter.encode import save_image_encoder
 from ..ip_prior.checkpoint import save_prior
 from ..ip_prior.info import PriorInfo
 from ..train.loop import latest_checkpoint
-from . import models, train
+from . import models, trained
 from .models import WEIGHTS
+from .train import SLOTS
 
 LIMIT = 24 * 2**20
 
@@ -57,17 +58,17 @@ def export(out: Path, weights: Path = WEIGHTS, only: str | None = None) -> dict[
 
 
 def _vae(out: Path, weights: Path) -> list[str]:
-    train.trained_vae(out).half().save_pretrained(weights / "vae")
+    trained.trained_vae(out).half().save_pretrained(weights / "vae")
     return ["vae/diffusion_pytorch_model.safetensors", "vae/config.json"]
 
 
 def _unet(out: Path, weights: Path) -> list[str]:
-    train.trained_unet(out).half().save_pretrained(weights / "unet")
+    trained.trained_unet(out).half().save_pretrained(weights / "unet")
     return ["unet/diffusion_pytorch_model.safetensors", "unet/config.json"]
 
 
 def _encoders(out: Path, weights: Path) -> list[str]:
-    image, text = train.trained_encoders(out)
+    image, text = trained.trained_encoders(out)
     save_image_encoder(weights / "image_encoder.safetensors", image, dtype=torch.float16)
     tensors = {name: value.half() for name, value in text.state_dict().items() if value.is_floating_point()}
     save_tensors(weights / "text_encoder.safetensors", tensors, {"format": "pt"})
@@ -75,19 +76,21 @@ def _encoders(out: Path, weights: Path) -> list[str]:
 
 
 def _adapter(out: Path, weights: Path) -> list[str]:
-    save_ip_adapter(weights / "ip_adapter_plus.safetensors", train.trained_adapter(out), dtype=torch.float16)
+    save_ip_adapter(
+        weights / "ip_adapter_plus.safetensors", trained.trained_adapter(out), dtype=torch.float16
+    )
     return ["ip_adapter_plus.safetensors"]
 
 
 def _prior(out: Path, weights: Path) -> list[str]:
-    prior = train.trained_prior(out).half()
-    save_prior(weights / "ip_prior.safetensors", prior, PriorInfo(prior.config, max_crops=train.SLOTS))
+    prior = trained.trained_prior(out).half()
+    save_prior(weights / "ip_prior.safetensors", prior, PriorInfo(prior.config, max_crops=SLOTS))
     return ["ip_prior.safetensors"]
 
 
 def _reader(name: str) -> Callable[[Path, Path], list[str]]:
     def write(out: Path, weights: Path) -> list[str]:
-        model = train.trained_reader(out, name)
+        model = trained.trained_reader(out, name)
         tensors = {key: value.half() for key, value in model.state_dict().items()}
         save_tensors(weights / f"reader_{name}.safetensors", tensors, {"format": "pt"})
         return [f"reader_{name}.safetensors"]

@@ -1,0 +1,101 @@
+"""The miniature's picture sets by name: what is in them, how many, and their captions.
+
+The check sets hold combinations of shapes that no training set contains.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from . import data
+from .batches import Captioner, Pictures
+from .corrupt import corrupt
+from .critters import SCENES, STYLES, random_critter
+from .data import Drawn, Maker, Picture, PictureSet
+from .scale import scaled_count
+
+# Seeds.
+WORLD, WORLD_CHECK, CONCEPTS, READER, READER_CHECK = 11, 12, 21, 31, 32
+
+
+def pictures(out: Path, name: str) -> PictureSet:
+    """A picture set by name, drawn on first use."""
+    make, count = _SETS[name]
+    return data.draw_set(out / "pictures", name, make, scaled_count(out, count))
+
+
+def captioner(out: Path, neutral: float = 0.0) -> Captioner:
+    """Captions for the sets "world" and "concepts"; ``neutral``: how often they say nothing."""
+    folder = out / "pictures"
+    return Captioner({folder / "world": _world, folder / "concepts": _concepts}, neutral)
+
+
+def everything(out: Path) -> list[PictureSet]:
+    """What the base models learn on: the world, then the concepts and their parts."""
+    return [pictures(out, "world"), pictures(out, "concepts")]
+
+
+def base_pictures(out: Path) -> Pictures:
+    """What the UNet and its adapter learn on: the world, and the concepts as whole critters."""
+    world, concepts = everything(out)
+    whole = len(world) + np.flatnonzero(concepts.labels[:, -1] == 0)
+    return Pictures([world, concepts], rows=np.concatenate([np.arange(len(world)), whole]))
+
+
+def vision_pictures(out: Path) -> Pictures:
+    """The base pictures and an eighth of the concepts' parts."""
+    base = base_pictures(out)
+    world, concepts = base.sets
+    parts = len(world) + np.flatnonzero(concepts.labels[:, -1] != 0)[::8]
+    return Pictures(base.sets, rows=np.concatenate([base.rows, parts]))
+
+
+def _world(index: int) -> list[Picture]:
+    return [data.world_picture(WORLD, index)]
+
+
+def _concepts(index: int) -> list[Picture]:
+    return data.concept_pictures(CONCEPTS, index)
+
+
+def _draw_world(index: int) -> list[Drawn]:
+    return [picture.drawn() for picture in _world(index)]
+
+
+def _draw_world_check(index: int) -> list[Drawn]:
+    return [data.world_picture(WORLD_CHECK, index, held_out=True).drawn()]
+
+
+def _draw_concepts(index: int) -> list[Drawn]:
+    return [picture.drawn() for picture in _concepts(index)]
+
+
+def _draw_reader(index: int) -> list[Drawn]:
+    return [_reader_picture(np.random.default_rng([READER, index]), None)]
+
+
+def _draw_reader_check(index: int) -> list[Drawn]:
+    """Held-out combinations: clean pictures at even places, damaged ones at odd places."""
+    return [_reader_picture(np.random.default_rng([READER_CHECK, index]), True, damaged=index % 2 == 1)]
+
+
+def _reader_picture(rng: np.random.Generator, held_out: bool | None, damaged: bool | None = None) -> Drawn:
+    """A critter, clean or damaged; ``damaged`` None leaves it to chance."""
+    styles = STYLES if rng.random() < 0.25 else ("flat",)
+    scenes = SCENES if rng.random() < 0.3 else ("plain",)
+    posed = float(rng.random())
+    critter = random_critter(rng, styles=styles, scenes=scenes, posed=posed, held_out=held_out)
+    if damaged is None:
+        damaged = bool(rng.random() < 0.5)
+    return corrupt(critter, rng) if damaged else Picture(critter).drawn()
+
+
+_SETS: dict[str, tuple[Maker, int]] = {
+    "world": (_draw_world, 30000),
+    "world-check": (_draw_world_check, 500),
+    "concepts": (_draw_concepts, 20000),
+    "reader": (_draw_reader, 30000),
+    "reader-check": (_draw_reader_check, 2000),
+}

@@ -1,0 +1,183 @@
+"""What the stages of the miniature's training left behind: their averaged weights, put back into models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..files import check_shapes, load_tensors, save_tensors, sha256_of
+from ..ip_adapter.adapter import IPAdapter, new_ip_adapter
+from ..ip_prior.model import IPPrior
+from ..train.ip_adapter import Dropout, IPAdapterObjective
+from ..train.ip_prior import IPPriorObjective
+from ..train.loop import Objective, latest_checkpoint, load_average
+from . import models
+from .batches import to_pixels
+from .cache import cached
+from .objectives import (
+    ContrastiveObjective,
+    DecoderObjective,
+    ReaderObjective,
+    UNetObjective,
+    VAEObjective,
+)
+from .sets import base_pictures, everything, pictures
+from .tokenizer import WordTokenizer
+
+MEASURED = 1000  # pictures whose latents' mean and deviation the VAE is normalised by
+
+
+def load_stage(objective: Objective, out: Path, stage: str) -> int:
+    """Put a stage's averaged weights into its objective; returns the step that they were taken at.
+
+    Raises PitError when the stage has not been trained, or was trained as another model.
+    """
+    step, tensors = load_average(out / stage)
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    check_shapes({name: p.shape for name, p in trained.items()}, tensors, f"the stage {stage} under {out}")
+    with torch.no_grad():
+        for name, value in tensors.items():
+            trained[name].copy_(value)
+    objective.eval()
+    return step
+
+
+def weights_of(out: Path, *stages: str) -> str:
+    """A short name for the weights of these stages as they are now."""
+    newest = [latest_checkpoint(out / stage) for stage in stages]
+    return "-".join(sha256_of(path / "ema.safetensors")[:12] for path in newest if path is not None)
+
+
+# models
+
+
+def trained_vae(out: Path) -> Any:
+    """The VAE, normalised to SDXL's latent scale; its decoder is the finished one when there is one."""
+    vae = models.build_vae()
+    load_stage(VAEObjective(vae), out, "vae")
+    if latest_checkpoint(out / "decoder"):
+        load_stage(DecoderObjective(vae), out, "decoder")
+    vae.requires_grad_(False)
+    measured = _latent_statistics(out, vae)
+    models.normalise_latents(vae, measured["mean"], measured["std"], models.SDXL_LATENT_SCALE)
+    return vae.eval()
+
+
+def _latent_statistics(out: Path, vae: Any) -> dict[str, Tensor]:
+    """Mean and deviation (C,) of the latents, measured once for each encoder and kept beside it."""
+    path, encoder = out / "vae" / "latents.safetensors", weights_of(out, "vae")
+    if path.exists():
+        measured, metadata = load_tensors(path)
+        if metadata.get("of", encoder) == encoder:
+            return measured
+    with torch.no_grad():
+        pixels = to_pixels(pictures(out, "world").pixels[:MEASURED])
+        latents = torch.cat([vae.encode(rows).latent_dist.mode() for rows in pixels.split(50)])
+    measured = {"mean": latents.mean(dim=(0, 2, 3)), "std": latents.std(dim=(0, 2, 3))}
+    save_tensors(path, measured, {"of": encoder})
+    return measured
+
+
+def vision_objective(out: Path) -> ContrastiveObjective:
+    """The encoders as trained, the text's frozen: other models learn on its embeddings already."""
+    text = models.build_text_encoder(len(WordTokenizer(models.TEXT_LENGTH)))
+    objective = ContrastiveObjective(models.build_image_encoder(), text, read_weight=2.0)
+    load_stage(objective, out, "encoders")
+    text.requires_grad_(False)
+    return objective
+
+
+def trained_encoders(out: Path) -> tuple[Any, Any]:
+    """Image and text encoder, frozen."""
+    objective = vision_objective(out)
+    load_stage(objective, out, "vision")
+    return objective.image_encoder.requires_grad_(False), objective.text_encoder
+
+
+def trained_unet(out: Path) -> Any:
+    """The UNet, frozen."""
+    unet = models.build_unet()
+    load_stage(UNetObjective(unet, alphas_cumprod()), out, "unet")
+    return unet.requires_grad_(False)
+
+
+def adapter_objective(out: Path, image: Any, text: Any) -> IPAdapterObjective:
+    """A new adapter on the trained UNet, with what a dropped picture and a dropped text turn into."""
+    unet = trained_unet(out)
+    adapter = new_ip_adapter(unet, models.build_resampler(), "the miniature's IP-Adapter")
+    empty, pooled = models.encode_text(text, WordTokenizer(models.TEXT_LENGTH)([""]))
+    return IPAdapterObjective(
+        unet,
+        adapter,
+        alphas_cumprod=alphas_cumprod(),
+        null_features=models.image_features(image, models.grey())[0],
+        null_text=empty[0],
+        null_pooled=pooled[0],
+        dropout=Dropout(image=0.05, text=0.3, both=0.05),
+    )
+
+
+def trained_adapter(out: Path) -> IPAdapter:
+    """The IP-Adapter, frozen."""
+    objective = adapter_objective(out, *trained_encoders(out))
+    load_stage(objective, out, "adapter")
+    return objective.adapter.requires_grad_(False)
+
+
+def trained_prior(out: Path) -> IPPrior:
+    """The IP-Prior, frozen."""
+    prior = models.build_prior()
+    load_stage(IPPriorObjective(prior), out, "prior")
+    return prior.requires_grad_(False)
+
+
+def trained_reader(out: Path, name: str) -> nn.Module:
+    """The attribute reader "tuning" or "judge", frozen."""
+    model = models.build_reader(name)
+    load_stage(ReaderObjective(model), out, f"reader-{name}")
+    return model.requires_grad_(False)
+
+
+def alphas_cumprod() -> Tensor:
+    """The noise schedule's, (1000,)."""
+    return models.build_scheduler().alphas_cumprod
+
+
+# what they make of the picture sets
+
+
+def base_latents(out: Path, vae: Any) -> np.ndarray:
+    """Scaled latents (N, 4, 16, 16) of the base pictures."""
+
+    def make(pixels: Tensor) -> Tensor:
+        return vae.encode(pixels).latent_dist.mode() * models.SDXL_LATENT_SCALE
+
+    return _of_base(out, "latents", make, weights_of(out, "vae"))
+
+
+def base_features(out: Path, image_encoder: Any) -> np.ndarray:
+    """Penultimate states (N, 65, VISION_WIDTH) of the base pictures."""
+
+    def make(pixels: Tensor) -> Tensor:
+        return models.image_features(image_encoder, pixels)
+
+    return _of_base(out, "features", make, weights_of(out, "vision"))
+
+
+def _of_base(out: Path, name: str, make: Callable[[Tensor], Tensor], of: str) -> np.ndarray:
+    return cached(out / "cache", name, everything(out), make, base_pictures(out).rows, of=of)
+
+
+def concept_tokens(out: Path, image_encoder: Any, adapter: IPAdapter) -> np.ndarray:
+    """IP tokens (N, 16, TEXT_WIDTH) of the concepts and of their parts."""
+
+    def make(pixels: Tensor) -> Tensor:
+        return adapter(models.image_features(image_encoder, pixels))
+
+    of = weights_of(out, "vision", "adapter")
+    return cached(out / "cache", "tokens", [pictures(out, "concepts")], make, of=of)
