@@ -135,7 +135,7 @@ def stack(**changes: Any) -> Stack:
 
 
 def save(folder: Path) -> StackFiles:
-    """The released layouts: a diffusers folder, an encoder folder, an adapter file, prior.ckpt with cfg.yaml."""
+    """The released layouts: diffusers folder, encoder folder, adapter file, prior.ckpt with cfg.yaml."""
     files = StackFiles(
         folder / "sdxl",
         folder / "image_encoder",

@@ -1,0 +1,378 @@
+"""Tokens to pictures through a real SDXL pipeline at toy size."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_stack
+import torch
+from PIL import Image
+
+from pit_core.errors import PitError
+from pit_core.ip_adapter.processor import install_ip_adapter, installed_context, uninstall_ip_adapter
+from pit_core.render import NEGATIVE, PROMPT, Renderer, RenderSettings, check_single_file, load_renderer
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    unet = tiny_stack.unet()
+    adapter = tiny_stack.adapter(unet)
+    # Random layers, or the image tokens would do what the text does.
+    torch.manual_seed(9)
+    for parameter in adapter.layers.parameters():
+        parameter.data = torch.randn_like(parameter)
+    return Renderer(tiny_stack.pipe(unet), adapter, encode_prompt=tiny_stack.encode_prompt)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randn(5, tiny_stack.TOKENS, tiny_stack.CONTEXT, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def null() -> torch.Tensor:
+    return torch.zeros(1, tiny_stack.TOKENS, tiny_stack.CONTEXT)
+
+
+QUICK = RenderSettings(steps=3)
+
+
+def _difference(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
+
+
+def _probe(unet: torch.nn.Module) -> torch.Tensor:
+    g = torch.Generator().manual_seed(3)
+    added = {"text_embeds": torch.randn(1, tiny_stack.TEXT, generator=g), "time_ids": torch.ones(1, 6)}
+    text = torch.randn(1, 5, tiny_stack.CONTEXT, generator=g)
+    with torch.no_grad():
+        return unet(
+            torch.randn(1, 4, 8, 8, generator=g), 10, encoder_hidden_states=text, added_cond_kwargs=added
+        ).sample
+
+
+def test_the_defaults_are_the_papers() -> None:
+    settings = RenderSettings()
+    assert (settings.prompt, settings.negative) == (PROMPT, NEGATIVE)
+    assert (settings.steps, settings.guidance, settings.weight) == (50, 5.0, 1.0)
+
+
+def test_pictures_have_the_unets_own_size(
+    renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor
+) -> None:
+    images = renderer.render(tokens[:1], null, QUICK, seeds=[1])
+    assert (images[0].size, images[0].mode) == ((32, 32), "RGB")
+    assert renderer.render(tokens[:1], null, QUICK, seeds=[1], size=(48, 24))[0].size == (48, 24)
+
+
+def test_a_row_does_not_depend_on_its_batch(
+    renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor
+) -> None:
+    seeds = [7, 2**64 - 1, 0, 7, 9]
+    together = renderer.render(tokens, null, QUICK, seeds=seeds, batch=5)
+    in_pairs = renderer.render(tokens, null, QUICK, seeds=seeds, batch=2)
+    for i, seed in enumerate(seeds):
+        alone = renderer.render(tokens[i : i + 1], null, QUICK, seeds=[seed])[0]
+        assert _difference(alone, together[i]) <= 1
+        assert _difference(alone, in_pairs[i]) <= 1
+
+
+def test_a_rows_noise_is_the_same_bits_in_any_batch(
+    renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor
+) -> None:
+    seen: list[torch.Tensor] = []
+    hook = renderer.unet.register_forward_pre_hook(
+        lambda _module, args, kwargs: seen.append(args[0].clone()), with_kwargs=True
+    )
+    try:
+        renderer.render(tokens[:3], null, seeds=[5, 6, 7], steps=1)
+        renderer.render(tokens[1:2], null, seeds=[6], steps=1)
+    finally:
+        hook.remove()
+    assert torch.equal(seen[0][1], seen[1][0])
+
+
+def test_seed_tokens_prompt_and_weight_all_matter(
+    renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor
+) -> None:
+    base = renderer.render(tokens[:1], null, QUICK, seeds=[1])[0]
+    others = [
+        renderer.render(tokens[:1], null, QUICK, seeds=[2])[0],
+        renderer.render(tokens[1:2], null, QUICK, seeds=[1])[0],
+        renderer.render(tokens[:1], null, QUICK, seeds=[1], prompt="a red horn")[0],
+        renderer.render(tokens[:1], null, QUICK, seeds=[1], negative="a red horn")[0],
+        renderer.render(tokens[:1], null, QUICK, seeds=[1], weight=0.3)[0],
+        renderer.render(tokens[:1], null, QUICK, seeds=[1], weight={0: 1.0})[0],
+    ]
+    assert all(_difference(base, other) > 0 for other in others)
+    assert _difference(base, renderer.render(tokens[:1], null, QUICK, seeds=[1])[0]) == 0
+
+
+def test_weight_zero_is_the_plain_model(renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor) -> None:
+    a = renderer.render(tokens[:1], null, QUICK, seeds=[1], weight=0.0)[0]
+    b = renderer.render(tokens[1:2], null, QUICK, seeds=[1], weight=0.0)[0]
+    assert _difference(a, b) == 0
+
+
+def test_without_null_tokens_both_halves_get_the_same(renderer: Renderer, tokens: torch.Tensor) -> None:
+    same = renderer.render(tokens[:2], None, QUICK, seeds=[1, 2])
+    explicit = renderer.render(tokens[:2], tokens[:2], QUICK, seeds=[1, 2])
+    assert max(_difference(a, b) for a, b in zip(same, explicit, strict=True)) <= 1
+
+
+@pytest.mark.parametrize("guidance", [1.0, 0.0])
+def test_without_guidance_only_one_half_runs(
+    renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor, guidance: float
+) -> None:
+    rows: list[int] = []
+    hook = renderer.unet.register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
+    try:
+        renderer.render(tokens[:2], null, QUICK, seeds=[1, 2], guidance=guidance)
+    finally:
+        hook.remove()
+    assert rows == [2, 2, 2]
+
+
+def test_keys_and_values_are_computed_once_a_batch_not_once_a_step(
+    renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor
+) -> None:
+    calls: list[int] = []
+    hooks = [
+        layer.register_forward_hook(lambda *_: calls.append(1)) for layer in renderer.adapter.layers.values()
+    ]
+    try:
+        renderer.render(tokens[:2], null, seeds=[1, 2], steps=7)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(calls) == 2 * len(hooks)  # cond and uncond
+
+
+def test_the_unet_is_given_back_as_it_was(
+    renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor
+) -> None:
+    before, processors = _probe(renderer.unet), dict(renderer.unet.attn_processors)
+    renderer.render(tokens[:1], null, QUICK, seeds=[1])
+    assert torch.equal(_probe(renderer.unet), before)
+    assert renderer.unet.attn_processors == processors
+
+
+def test_an_interrupted_run_gives_the_unet_back_too(
+    renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor
+) -> None:
+    before = _probe(renderer.unet)
+
+    def stop(done: int, _total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        renderer.render(tokens[:1], null, QUICK, seeds=[1], progress=stop)
+    assert installed_context(renderer.unet) is None
+    assert torch.equal(_probe(renderer.unet), before)
+
+
+def test_a_context_that_was_there_before_stays(
+    renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor
+) -> None:
+    context = install_ip_adapter(renderer.unet)
+    try:
+        source = context.add(tokens[:1], adapter=renderer.adapter)
+        renderer.render(tokens[1:2], null, QUICK, seeds=[1])
+        assert installed_context(renderer.unet) is context
+        assert context.sources == [source]
+        assert context.order is None
+    finally:
+        uninstall_ip_adapter(renderer.unet)
+
+
+def test_progress_counts_all_batches(renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor) -> None:
+    seen: list[tuple[int, int]] = []
+    renderer.render(tokens[:3], null, QUICK, seeds=[1, 2, 3], batch=2, progress=lambda *at: seen.append(at))
+    assert seen == [(i, 6) for i in range(1, 7)]
+
+
+def test_a_run_can_start_from_a_picture(renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor) -> None:
+    start = Image.linear_gradient("L").convert("RGB")
+    seen: list[tuple[int, int]] = []
+    settings = RenderSettings(steps=10)
+    images = renderer.render(
+        tokens[:2],
+        null,
+        settings,
+        seeds=[1, 2],
+        init_image=start,
+        strength=0.3,
+        progress=lambda *at: seen.append(at),
+    )
+    assert [image.size for image in images] == [(32, 32)] * 2
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert _difference(images[0], images[1]) > 0
+
+
+def test_numbers_that_overflow_are_reported(
+    renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor
+) -> None:
+    with pytest.raises(PitError, match="NaN at step 1"):
+        renderer.render(1e30 * tokens[:1], null, QUICK, seeds=[1], weight=1e30)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"steps": 0},
+        {"steps": 2.5},
+        {"steps": 10**6},
+        {"batch": 0},
+        {"guidance": float("nan")},
+        {"weight": float("inf")},
+        {"weight": {0: float("nan")}},
+        {"strength": 0.0},
+        {"strength": 1.5},
+    ],
+)
+def test_settings_out_of_range_are_refused(values: dict) -> None:
+    with pytest.raises(PitError, match="Expected"):
+        RenderSettings(**values)
+
+
+def test_tokens_seeds_and_sizes_that_do_not_fit_are_refused(
+    renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor
+) -> None:
+    with pytest.raises(PitError, match="one seed per picture, got 1 for 2"):
+        renderer.render(tokens[:2], null, QUICK, seeds=[1])
+    for seed in (-1, 2**64, 1.5, True):
+        with pytest.raises(PitError, match="whole numbers from 0"):
+            renderer.render(tokens[:1], null, QUICK, seeds=[seed])
+    with pytest.raises(PitError, match="shape"):
+        renderer.render(tokens[0], null, QUICK, seeds=[1])
+    with pytest.raises(PitError, match="null tokens"):
+        renderer.render(tokens[:3], tokens[:2], QUICK, seeds=[1, 2, 3])
+    with pytest.raises(PitError, match="NaN or infinite"):
+        renderer.render(tokens[:1] * float("nan"), null, QUICK, seeds=[1])
+    with pytest.raises(PitError, match="multiples of 4 px, got 33 x 32"):
+        renderer.render(tokens[:1], null, QUICK, seeds=[1], size=(33, 32))
+    with pytest.raises(PitError, match=r"\(batch, tokens, 32\)"):
+        renderer.render(tokens[:1, :, :8], null, QUICK, seeds=[1])
+
+
+def test_an_adapter_of_another_family_is_refused_at_once(renderer: Renderer) -> None:
+    from diffusers import UNet2DConditionModel
+
+    other = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    with pytest.raises(PitError, match="its own family"):
+        Renderer(tiny_stack.pipe(other), renderer.adapter, encode_prompt=tiny_stack.encode_prompt)
+
+
+# folders and single files
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_stack.save(tmp_path_factory.mktemp("models")).sdxl
+
+
+def test_a_diffusers_folder_is_loaded(saved: Path, tokens: torch.Tensor, null: torch.Tensor) -> None:
+    adapter = tiny_stack.adapter(tiny_stack.unet())
+    loaded = load_renderer(saved, adapter)
+    assert loaded.pipe.watermark is None
+    for key, value in tiny_stack.unet().state_dict().items():
+        assert torch.equal(loaded.unet.state_dict()[key], value)
+    assert loaded.render(tokens[:1], null, QUICK, seeds=[1])[0].size == (32, 32)
+
+
+def test_a_folder_that_is_no_sdxl_is_refused(saved: Path, tmp_path: Path) -> None:
+    adapter = tiny_stack.adapter(tiny_stack.unet())
+
+    def refused(words: str) -> None:
+        with pytest.raises(PitError, match=words):
+            load_renderer(tmp_path, adapter)
+
+    refused("no diffusers folder")
+    (tmp_path / "model_index.json").write_text("{")
+    refused("damaged")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    refused("holds a StableDiffusionPipeline, but an SDXL")
+    (tmp_path / "model_index.json").write_text((saved / "model_index.json").read_text())
+    refused("incomplete: its folder")
+    for part in saved.iterdir():
+        if part.is_dir():
+            (tmp_path / part.name).mkdir()
+    refused("config.json' is missing")
+    (tmp_path / "unet" / "config.json").write_text((saved / "unet" / "config.json").read_text())
+    refused("cannot be loaded as SDXL")
+
+
+def test_pickled_weights_in_a_folder_are_not_opened(saved: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "sdxl"
+    shutil.copytree(saved, copy)
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(tiny_stack.unet().state_dict(), copy / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(PitError, match="cannot be loaded as SDXL"):
+        load_renderer(copy, tiny_stack.adapter(tiny_stack.unet()))
+
+
+def _single(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    from safetensors.torch import save_file
+
+    save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, path)
+    return path
+
+
+UNET_KEY = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+TEXT_KEY = "conditioner.embedders.1.model.ln_final.weight"
+
+
+def test_a_single_file_is_checked_by_its_header(tmp_path: Path) -> None:
+    def refused(content: bytes | dict, words: str) -> None:
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(content) if isinstance(content, bytes) else _single(path, content)
+        with pytest.raises(PitError, match=words):
+            check_single_file(path)
+
+    refused(b"", "is empty")
+    refused(b"\x80\x02}q\x00.", "no safetensors file")
+    refused({"a": (1,)}, "no Stable Diffusion checkpoint")
+    refused({UNET_KEY: (64, 768)}, "not of the SDXL family")
+    refused({UNET_KEY: (64, 2048), TEXT_KEY: (1,)}, "holds no VAE")
+    whole = _single(tmp_path / "a.safetensors", {UNET_KEY: (64, 32), TEXT_KEY: (1,)}).read_bytes()
+    refused(whole[:-5], "damaged or cut short")
+
+
+def test_a_single_file_needs_a_folder_with_tokenizers(tmp_path: Path) -> None:
+    layers = tiny_stack.adapter(tiny_stack.unet()).layers
+    assert len(layers.widths) == 11
+    from pit_core.render import load_single_file
+
+    path = _single(
+        tmp_path / "m.safetensors",
+        {UNET_KEY: (64, 32), TEXT_KEY: (1,), "first_stage_model.decoder.conv_in.weight": (1,)},
+    )
+    with pytest.raises(PitError, match="--sdxl-config FOLDER"):
+        load_single_file(path, None)
+    with pytest.raises(PitError, match="There is no folder"):
+        load_single_file(path, tmp_path / "nowhere")
+
+
+def test_half_precision_variants_are_found(saved: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "sdxl"
+    shutil.copytree(saved, copy)
+    for path in copy.rglob("*.safetensors"):
+        path.rename(path.with_name(path.stem + ".fp16.safetensors"))
+    loaded = load_renderer(copy, tiny_stack.adapter(tiny_stack.unet()), dtype=torch.bfloat16)
+    assert loaded.unet.dtype == torch.bfloat16
+    assert json.loads((copy / "model_index.json").read_text())["_class_name"] == "StableDiffusionXLPipeline"

@@ -1,0 +1,94 @@
+"""`pit verify` on whole files, on broken ones, and on ones that do not belong together."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_stack
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pit_core.concepts import StackFiles
+from pit_core.ip_adapter.checkpoint import save_ip_adapter
+from pit_core.verify import verify, verify_stack
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> StackFiles:
+    return tiny_stack.save(tmp_path_factory.mktemp("models"))
+
+
+def test_files_in_order_are_reported_with_hashes_and_a_picture(files: StackFiles, tmp_path: Path) -> None:
+    report = verify(files.named(), out=tmp_path, steps=2)
+    text = str(report)
+    assert report.ok
+    assert text.count("sha256") == 4
+    assert text.count("made for each other") == 3
+    for words in ("torch ", "11 layers", "IP-Adapter Plus, 4 tokens", "use_ref True", "picture: seed"):
+        assert words in text
+    assert str(files.prior.parent) not in text  # no folders of the user's machine
+    assert report.picture is not None
+    with Image.open(report.picture) as picture:
+        assert picture.size == (32, 32)
+    assert str(verify(files.named(), steps=2)).splitlines()[-2] == text.splitlines()[-2]  # the picture's hash
+
+
+def test_a_single_file_is_checked_alone(files: StackFiles) -> None:
+    report = verify({"prior": files.prior})
+    assert report.ok
+    assert "No picture was made: that needs --sdxl, --image-encoder, --ip-adapter too" in str(report)
+
+
+def test_settings_that_had_to_be_assumed_are_named(files: StackFiles, tmp_path: Path) -> None:
+    shutil.copy(files.prior, tmp_path / "prior.ckpt")
+    report = verify({"prior": tmp_path / "prior.ckpt"})
+    assert report.ok
+    assert "note  'prior.ckpt' does not say" in str(report)
+
+
+def test_broken_files_fail_with_a_sentence_each(files: StackFiles, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(files.ip_adapter.read_bytes()[:-100])
+    tensors = load_file(files.ip_adapter)
+    tensors["image_proj.proj_in.bias"][0] = float("nan")
+    save_file(tensors, tmp_path / "nan.safetensors")
+    (tmp_path / "empty.ckpt").touch()
+    torch.save({"a": Image.new}, tmp_path / "code.ckpt")
+    for option, path, words in [
+        ("ip_adapter", cut, "is cut short"),
+        ("ip_adapter", tmp_path / "nan.safetensors", "NaN or infinite"),
+        ("ip_adapter", files.prior, "not an IP-Adapter"),
+        ("prior", tmp_path / "empty.ckpt", "is empty"),
+        ("prior", tmp_path / "code.ckpt", "pickle that holds Python objects"),
+        ("prior", files.ip_adapter, "IP-Adapter"),
+        ("prior", tmp_path / "missing.ckpt", "There is no file"),
+        ("image_encoder", files.ip_adapter, "not a CLIP image encoder"),
+        ("sdxl", files.ip_adapter, "no Stable Diffusion checkpoint"),
+        ("sdxl", files.image_encoder, "no diffusers folder"),
+    ]:
+        report = verify({option: path})
+        failed = [line for line in str(report).splitlines() if line.startswith("FAIL")]
+        assert not report.ok
+        assert len(failed) == 1
+        assert words in failed[0]
+
+
+def test_files_of_different_families_fail_in_pairs(files: StackFiles, tmp_path: Path) -> None:
+    tiny_stack.save_prior(tmp_path / "prior.ckpt", tokens=6)
+    save_ip_adapter(tmp_path / "wide.safetensors", tiny_stack.adapter(tiny_stack.unet(), width=40))
+    report = verify(
+        files.named() | {"prior": tmp_path / "prior.ckpt", "ip_adapter": tmp_path / "wide.safetensors"}
+    )
+    failed = [line for line in str(report).splitlines() if line.startswith("FAIL")]
+    assert [line.split(":")[0] for line in failed] == [
+        "FAIL  --ip-adapter and --image-encoder",
+        "FAIL  --ip-adapter and --prior",
+    ]
+    assert "picture" not in str(report).replace("No picture", "")
+
+
+def test_a_loaded_stack_is_verified_too(tmp_path: Path) -> None:
+    report = verify_stack(tiny_stack.stack(), out=tmp_path)
+    assert report.ok
+    assert (tmp_path / "verify.png").is_file()
