@@ -26,7 +26,8 @@ from .concepts import (
     prepare_parts,
 )
 from .errors import PitError
-from .files import existing_file, save_tensors
+from .files import existing_file
+from .ip_adapter.tokens import IPTokens, save_ip_tokens
 from .parts.canvas import reference_grid
 from .pictures import SheetRow, Tile, contact_sheet, picture_files, read_picture, save_png
 from .render import RenderSettings
@@ -180,10 +181,21 @@ def run(
     sheet = contact_sheet(
         [_row(stack, *each) for each in zip(jobs, ready, concepts, strict=True)],
     )
+    tokens = concept_tokens(stack, [concept for made in concepts for concept in made])
     with folder.writing():
-        return _write(
-            folder, jobs, concepts, sheet, settings, _model_entry(model, stack, folder.folder), command
-        )
+        record = Record(_model_entry(model, stack, folder.folder), asdict(settings), [], command)
+        return _write(folder, jobs, concepts, sheet, tokens, record)
+
+
+def concept_tokens(stack: Stack, concepts: Sequence[Concept]) -> IPTokens:
+    """The concepts' tokens as ComfyUI's nodes load them, with both nulls."""
+    return IPTokens(
+        torch.stack([concept.tokens for concept in concepts]),
+        stack.adapter.num_tokens,
+        null=stack.null("grey").cpu(),
+        white=stack.null("white").cpu(),
+        adapter=stack.adapter.content_hash,
+    )
 
 
 def read_jobs(jobs: Sequence[JobFiles]) -> None:
@@ -323,32 +335,34 @@ def _write(
     jobs: Sequence[JobFiles],
     concepts: Sequence[Sequence[Concept]],
     sheet: Image.Image,
-    settings: Settings,
-    model: Mapping[str, Any],
-    command: Sequence[str],
+    tokens: IPTokens,
+    record: Record,
 ) -> Output:
     paths: list[Path] = []
     entries = []
     for files, made in zip(jobs, concepts, strict=True):
-        names = []
-        for concept in made:
-            path = folder.add(f"concept-{len(paths) + 1:02d}.png")
-            text = {"Software": f"Piece it Together {__version__}", "pit seed": str(concept.seed)}
-            save_png(concept.image, path, text | {"pit parts": ", ".join(part.name for part in files.parts)})
-            paths.append(path)
-            names.append(path.name)
-        entries.append(_job_entry(files, names, folder.folder))
-    every = [concept for made in concepts for concept in made]
-    tokens = folder.add("tokens.safetensors")
-    seeds = [concept.seed for concept in every]
-    metadata = {"kind": "ip_tokens", "version": "1", "seeds": seeds, "model": model["name"]}
-    save_tensors(tokens, {"tokens": torch.stack([concept.tokens for concept in every])}, metadata)
-    sheet_path = folder.add("contact-sheet.png")
+        written = [_write_concept(folder, len(paths) + 1 + i, each, files) for i, each in enumerate(made)]
+        entries.append(_job_entry(files, [path.name for path in written], folder.folder))
+        paths += written
+    tokens_path, sheet_path = folder.add("tokens.safetensors"), folder.add("contact-sheet.png")
+    seeds = [concept.seed for made in concepts for concept in made]
+    save_ip_tokens(tokens_path, tokens, {"seeds": seeds, "model": record.model["name"]})
     save_png(sheet, sheet_path)
     # Last, because it says that the run is complete.
-    record = folder.add("record.json")
-    write_record(record, Record(model, asdict(settings), entries, command))
-    return Output(folder.folder, sheet_path, tuple(paths), record, tokens)
+    record_path = folder.add("record.json")
+    write_record(record_path, replace(record, jobs=entries))
+    return Output(folder.folder, sheet_path, tuple(paths), record_path, tokens_path)
+
+
+def _write_concept(folder: RunFolder, number: int, concept: Concept, files: JobFiles) -> Path:
+    path = folder.add(f"concept-{number:02d}.png")
+    text = {
+        "Software": f"Piece it Together {__version__}",
+        "pit seed": str(concept.seed),
+        "pit parts": ", ".join(part.name for part in files.parts),
+    }
+    save_png(concept.image, path, text)
+    return path
 
 
 def _job_entry(files: JobFiles, names: Sequence[str], base: Path) -> dict[str, Any]:
