@@ -1,7 +1,7 @@
 """Broken critters with known damage, so that a reader learns to call a mess a mess.
 
-A part can be missing, doubled, or garbled: blended with another, smeared, warped, or half erased. The labels say
-which; parts that are merely covered by the damage of others keep their own label.
+A part can be missing, doubled, or garbled: blended with another, smeared, warped, or half erased. The labels
+say which; parts that are merely covered by the damage of others keep their own label.
 """
 
 from __future__ import annotations

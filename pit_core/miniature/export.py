@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import PitError
 from ..files import save_tensors, sha256_of, write_text_atomic
@@ -20,92 +24,111 @@ from . import models, trained
 from .models import WEIGHTS
 from .train import SLOTS
 
-LIMIT = 24 * 2**20
+LIMIT = 24 * 2**20  # bytes: every user clones them
 
 
-def export(out: Path, weights: Path = WEIGHTS, only: str | None = None) -> dict[str, Any]:
+def export(
+    out: Path, weights: Path = WEIGHTS, only: str | None = None, *, limit: int = LIMIT
+) -> dict[str, Any]:
     """Write the files of every finished stage (or of one) and bring the manifest up to date; returns it.
 
-    Raises PitError for a stage that has not been trained, and when the weights outgrow their limit.
+    Raises PitError for a stage that has not been trained, and when the weights outgrow their limit; then
+    nothing is changed.
     """
     weights.mkdir(parents=True, exist_ok=True)
-    path = weights / "manifest.json"
-    manifest = models.read_manifest(weights) if path.is_file() else {"files": {}}
-    for stage, write in _WRITERS.items():
-        if only not in (None, stage):
-            continue
-        newest = latest_checkpoint(out / _STAGE_OF.get(stage, stage))
-        if newest is None:
-            if only:
-                raise PitError(f"the stage {stage} has no checkpoint under {out}; train it first.")
-            continue
-        state = json.loads((newest / "state.json").read_text("utf-8"))
-        for name in write(out, weights):
-            manifest["files"][name] = {
-                "sha256": sha256_of(weights / name),
-                "bytes": (weights / name).stat().st_size,
-                "stage": stage,
-                "seed": state["config"]["seed"],
-                "steps": state["step"],
-                "figures": {key: round(value, 4) for key, value in state["metrics"].items()},
-            }
-    total = sum(entry["bytes"] for entry in manifest["files"].values())
-    if total > LIMIT:
-        raise PitError(f"the weights take {total / 2**20:.1f} MB, but at most {LIMIT // 2**20} MB may ship.")
-    manifest["bytes"] = total
-    write_text_atomic(path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    known = (weights / "manifest.json").is_file()
+    manifest = models.read_manifest(weights) if known else {"files": {}}
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=weights) as folder:
+        entries = _written(out, Path(folder), only)
+        manifest["files"] |= entries
+        manifest["bytes"] = sum(entry["bytes"] for entry in manifest["files"].values())
+        if manifest["bytes"] > limit:
+            size, most = manifest["bytes"] / 2**20, limit / 2**20
+            raise PitError(f"The weights take {size:.1f} MB, but at most {most:g} MB may ship.")
+        for name in entries:
+            (weights / name).parent.mkdir(exist_ok=True)
+            os.replace(Path(folder) / name, weights / name)
+    write_text_atomic(weights / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return manifest
 
 
-def _vae(out: Path, weights: Path) -> list[str]:
-    trained.trained_vae(out).half().save_pretrained(weights / "vae")
-    return ["vae/diffusion_pytorch_model.safetensors", "vae/config.json"]
+def _written(out: Path, folder: Path, only: str | None) -> dict[str, Any]:
+    """Write what is trained, or ``only`` one stage, into ``folder``; the manifest's entries."""
+    if only is not None and only not in _WRITERS:
+        raise PitError(f"There is no stage '{only}' to export; the stages are {', '.join(_WRITERS)}.")
+    entries: dict[str, Any] = {}
+    for stage in _WRITERS if only is None else (only,):
+        source, write = _WRITERS[stage]
+        newest = latest_checkpoint(out / source)
+        if newest is None and only:
+            raise PitError(f"The stage {source} has no checkpoint under '{out}'; train it first.")
+        if newest is not None:
+            state = json.loads((newest / "state.json").read_text("utf-8"))
+            entries |= {name: _entry(folder / name, stage, state) for name in write(out, folder)}
+    return entries
 
 
-def _unet(out: Path, weights: Path) -> list[str]:
-    trained.trained_unet(out).half().save_pretrained(weights / "unet")
-    return ["unet/diffusion_pytorch_model.safetensors", "unet/config.json"]
+def _entry(path: Path, stage: str, state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "sha256": sha256_of(path),
+        "bytes": path.stat().st_size,
+        "stage": stage,
+        "seed": state["config"]["seed"],
+        "steps": state["step"],
+        "figures": {key: round(value, 4) for key, value in state["metrics"].items()},
+    }
 
 
-def _encoders(out: Path, weights: Path) -> list[str]:
+# a writer each: training folder, target folder -> the names of the files that it wrote
+
+
+def _vae(out: Path, folder: Path) -> list[str]:
+    return _diffusers(trained.trained_vae(out), folder, "vae")
+
+
+def _unet(out: Path, folder: Path) -> list[str]:
+    return _diffusers(trained.trained_unet(out), folder, "unet")
+
+
+def _diffusers(model: Any, folder: Path, name: str) -> list[str]:
+    model.half().save_pretrained(folder / name)
+    return [f"{name}/diffusion_pytorch_model.safetensors", f"{name}/config.json"]
+
+
+def _encoders(out: Path, folder: Path) -> list[str]:
     image, text = trained.trained_encoders(out)
-    save_image_encoder(weights / "image_encoder.safetensors", image, dtype=torch.float16)
-    tensors = {name: value.half() for name, value in text.state_dict().items() if value.is_floating_point()}
-    save_tensors(weights / "text_encoder.safetensors", tensors, {"format": "pt"})
-    return ["image_encoder.safetensors", "text_encoder.safetensors"]
+    save_image_encoder(folder / "image_encoder.safetensors", image, dtype=torch.float16)
+    return ["image_encoder.safetensors", _half(text, folder, "text_encoder")]
 
 
-def _adapter(out: Path, weights: Path) -> list[str]:
-    save_ip_adapter(
-        weights / "ip_adapter_plus.safetensors", trained.trained_adapter(out), dtype=torch.float16
-    )
+def _adapter(out: Path, folder: Path) -> list[str]:
+    save_ip_adapter(folder / "ip_adapter_plus.safetensors", trained.trained_adapter(out), dtype=torch.float16)
     return ["ip_adapter_plus.safetensors"]
 
 
-def _prior(out: Path, weights: Path) -> list[str]:
+def _prior(out: Path, folder: Path) -> list[str]:
     prior = trained.trained_prior(out).half()
-    save_prior(weights / "ip_prior.safetensors", prior, PriorInfo(prior.config, max_crops=SLOTS))
+    save_prior(folder / "ip_prior.safetensors", prior, PriorInfo(prior.config, max_crops=SLOTS))
     return ["ip_prior.safetensors"]
 
 
-def _reader(name: str) -> Callable[[Path, Path], list[str]]:
-    def write(out: Path, weights: Path) -> list[str]:
-        model = trained.trained_reader(out, name)
-        tensors = {key: value.half() for key, value in model.state_dict().items()}
-        save_tensors(weights / f"reader_{name}.safetensors", tensors, {"format": "pt"})
-        return [f"reader_{name}.safetensors"]
-
-    return write
+def _reader(out: Path, folder: Path, name: str) -> list[str]:
+    return [_half(trained.trained_reader(out, name), folder, f"reader_{name}")]
 
 
-_WRITERS: dict[str, Callable[[Path, Path], list[str]]] = {
-    "vae": _vae,
-    "encoders": _encoders,
-    "unet": _unet,
-    "adapter": _adapter,
-    "prior": _prior,
-    "reader-tuning": _reader("tuning"),
-    "reader-judge": _reader("judge"),
+def _half(model: nn.Module, folder: Path, name: str) -> str:
+    tensors = {key: value.half() for key, value in model.state_dict().items()}
+    save_tensors(folder / f"{name}.safetensors", tensors, {"format": "pt"})
+    return f"{name}.safetensors"
+
+
+# What is exported -> the last of the stages that made it, whose figures count, and its writer.
+_WRITERS: dict[str, tuple[str, Callable[[Path, Path], list[str]]]] = {
+    "vae": ("decoder", _vae),
+    "encoders": ("vision", _encoders),
+    "unet": ("unet", _unet),
+    "adapter": ("adapter", _adapter),
+    "prior": ("prior", _prior),
+    "reader-tuning": ("reader-tuning", partial(_reader, name="tuning")),
+    "reader-judge": ("reader-judge", partial(_reader, name="judge")),
 }
-# The VAE's figure is that of its finished decoder.
-_STAGE_OF = {"vae": "decoder"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,23 @@ from torch import Tensor, nn
 
 from ..concepts import Stack
 from ..errors import PitError
-from ..files import load_tensors
+from ..files import check_shapes, load_tensors, sha256_of
 from ..ip_adapter.pixels import CLIP_MEAN, CLIP_STD
 from ..render import Renderer, RenderSettings
 from .critters import CANVAS
 from .tokenizer import WordTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
+STACK_FILES = (
+    "vae/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/config.json",
+    "image_encoder.safetensors",
+    "text_encoder.safetensors",
+    "ip_adapter_plus.safetensors",
+    "ip_prior.safetensors",
+)
 TEXT_WIDTH = 96
 PROJECTION = 96
 VISION_WIDTH = 128
@@ -107,7 +117,7 @@ def build_text_encoder(vocabulary: int) -> Any:
 
 
 def normalise_latents(vae: Any, mean: Tensor, std: Tensor, scale: float, shift: float = 0.0) -> None:
-    """Fold an affine map into the VAE so that (latents - shift) * scale is standard per channel, as its family expects.
+    """Fold an affine map into the VAE: then (latents - shift) * scale is standard, as its family expects.
 
     ``mean`` and ``std`` (C,) are those of the posterior's mean over the training pictures.
     """
@@ -128,10 +138,8 @@ class ConvReader(nn.Module):
     def __init__(self, outputs: int, widths: tuple[int, ...] = (24, 48, 80, 96)) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, widths[0], 5, stride=2, padding=2)
-        stages: list[nn.Module] = []
-        for before, after in zip((widths[0], *widths), widths, strict=False):
-            stages.append(_ConvBlock(before, after))
-        self.stages = nn.Sequential(*stages)
+        pairs = zip((widths[0], *widths[:-1]), widths, strict=True)
+        self.stages = nn.Sequential(*(_ConvBlock(before, after) for before, after in pairs))
         # Position matters (a second pair of wings, a tail on the wrong side), so the grid is kept.
         self.head = nn.Sequential(
             nn.Flatten(), nn.Linear(widths[-1] * 16, 128), nn.GELU(), nn.Linear(128, outputs)
@@ -180,13 +188,12 @@ class PatchReader(nn.Module):
 
 def clip_pixels(pixels: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> CLIP's normalised pixels."""
-    mean = torch.tensor(CLIP_MEAN).view(1, 3, 1, 1)
-    std = torch.tensor(CLIP_STD).view(1, 3, 1, 1)
+    mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return ((pixels + 1) / 2 - mean) / std
 
 
 def encode_text(text_encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Penultimate states (B, T, TEXT_WIDTH) and pooled projection (B, PROJECTION), as SDXL reads its second encoder."""
+    """Penultimate states (B, T, TEXT_WIDTH), pooled projection (B, PROJECTION): SDXL's second encoder."""
     out = text_encoder(ids, output_hidden_states=True)
     return out.hidden_states[-2], out.text_embeds
 
@@ -230,10 +237,16 @@ def build_scheduler() -> Any:
 
 
 def build_reader(name: str) -> nn.Module:
-    """The attribute reader "tuning" or "judge"; they differ in architecture so that their mistakes do, too."""
+    """The attribute reader "tuning" or "judge": two architectures, so that their mistakes differ, too.
+
+    Raises PitError for another name.
+    """
     from .reader import OUTPUTS
 
-    return ConvReader(OUTPUTS) if name == "tuning" else PatchReader(OUTPUTS)
+    kinds: dict[str, Callable[[int], nn.Module]] = {"tuning": ConvReader, "judge": PatchReader}
+    if name not in kinds:
+        raise PitError(f"There is no reader '{name}'; the readers are {', '.join(kinds)}.")
+    return kinds[name](OUTPUTS)
 
 
 def image_features(image_encoder: Any, pixels: Tensor) -> Tensor:
@@ -251,7 +264,7 @@ def load_stack(
 ) -> Stack:
     """The miniature as a whole: the shipped files through the loaders that read the full-size ones.
 
-    Raises PitError when a file is missing or damaged.
+    Raises PitError when a file is missing or is not what the manifest says.
     """
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 
@@ -259,15 +272,12 @@ def load_stack(
     from ..ip_adapter.encode import load_image_encoder
     from ..ip_prior.checkpoint import load_prior
 
-    if not (weights / "manifest.json").is_file():
-        raise PitError(
-            f"The miniature's weights are missing from {weights.name}; install the complete package."
-        )
+    hashes = check_weights(weights, STACK_FILES)
     adapter = load_ip_adapter(weights / "ip_adapter_plus.safetensors", dtype=dtype, device=device)
     prior, info = load_prior(weights / "ip_prior.safetensors", dtype=torch.float32, device=device)
     encoder = load_image_encoder(weights / "image_encoder.safetensors", dtype=dtype, device=device)
     options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
-    pipe = StableDiffusionXLPipeline(
+    pipe: Any = StableDiffusionXLPipeline(
         vae=AutoencoderKL.from_pretrained(weights / "vae", **options),
         unet=UNet2DConditionModel.from_pretrained(weights / "unet", **options),
         scheduler=build_scheduler(),
@@ -276,24 +286,46 @@ def load_stack(
         tokenizer=None,
         tokenizer_2=None,
         add_watermarker=False,
-    ).to(device)
+    )
+    pipe.to(device)
     text_encoder = load_text_encoder(weights / "text_encoder.safetensors").to(device, dtype)
     renderer = Renderer(pipe, adapter, encode_prompt=prompt_encoder(text_encoder))
-    hashes = {name: entry["sha256"] for name, entry in read_manifest(weights)["files"].items()}
     return Stack(encoder, adapter, prior, info, renderer, "miniature", DEFAULTS, hashes)
 
 
 def read_manifest(weights: Path = WEIGHTS) -> dict[str, Any]:
-    """The shipped weights' record: per file its hash, seed, steps, and the figure it was accepted at."""
-    return json.loads((weights / "manifest.json").read_text("utf-8"))
+    """The shipped weights' record: per file its hash, seed, steps, and the figure it was accepted at.
+
+    Raises PitError when there is none, or a damaged one.
+    """
+    path = weights / "manifest.json"
+    if not path.is_file():
+        raise PitError(f"The miniature's weights are missing from '{weights}'; install the complete package.")
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        return {**manifest, "files": dict(manifest["files"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise PitError(f"'{path}' is damaged; install the complete package again.") from error
+
+
+def check_weights(weights: Path = WEIGHTS, needed: Sequence[str] = ()) -> dict[str, str]:
+    """SHA-256 of every file that the manifest lists, by name.
+
+    Raises PitError when one of them, or one of those ``needed``, is missing or differs from the manifest.
+    """
+    hashes = {name: entry["sha256"] for name, entry in read_manifest(weights)["files"].items()}
+    missing = [name for name in (*needed, *hashes) if name not in hashes or not (weights / name).is_file()]
+    if missing:
+        raise PitError(f"The miniature lacks its file '{missing[0]}'; install the complete package.")
+    for name, expected in hashes.items():
+        if sha256_of(weights / name) != expected:
+            raise PitError(f"The miniature's file '{name}' is damaged; install the complete package again.")
+    return hashes
 
 
 def load_text_encoder(path: Path) -> Any:
     """The text tower from one safetensors file."""
-    tensors, _ = load_tensors(path)
-    model = build_text_encoder(len(WordTokenizer(TEXT_LENGTH)))
-    model.load_state_dict({name: value.float() for name, value in tensors.items()})
-    return model.eval().requires_grad_(False)
+    return _filled(build_text_encoder(len(WordTokenizer(TEXT_LENGTH))), path)
 
 
 def prompt_encoder(text_encoder: Any) -> Callable[[list[str]], tuple[Tensor, Tensor]]:
@@ -309,7 +341,13 @@ def prompt_encoder(text_encoder: Any) -> Callable[[list[str]], tuple[Tensor, Ten
 
 def load_reader(name: str = "judge", weights: Path = WEIGHTS) -> nn.Module:
     """A shipped attribute reader; "judge" reports the figures, "tuning" was looked at while tuning."""
-    tensors, _ = load_tensors(weights / f"reader_{name}.safetensors")
-    model = build_reader(name)
-    model.load_state_dict({key: value.float() for key, value in tensors.items()})
+    return _filled(build_reader(name), weights / f"reader_{name}.safetensors")
+
+
+def _filled(model: nn.Module, path: Path) -> Any:
+    """The model with a file's weights, frozen, in float32. Raises PitError when they are not its own."""
+    tensors, _ = load_tensors(path)
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    check_shapes(expected, tensors, f"'{path.name}'")
+    model.load_state_dict({name: value.float() for name, value in tensors.items()})
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What the miniature's base models are trained on; adapter and prior use ``pit_core.train``'s own objectives."""
+"""What the miniature's base models learn by; adapter and prior have ``pit_core.train``'s own objectives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading attributes off pictures: which parts a critter has, their colours, and whether it is whole at all."""
+"""Reading attributes off pictures: a critter's parts, their colours, and whether it is whole at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OUTPUTS = sum(SPLIT)
 
 
 def split(outputs: Tensor) -> dict[str, Tensor]:
-    """(B, OUTPUTS) -> state (B, 5, 7), colour (B, 5, 8), style (B, 5) and scene (B, 7) logits, build (B,) in [0, 1]."""
+    """(B, OUTPUTS) -> logits: state (B, 5, 7), colour (B, 5, 8), style (B, 5), scene (B, 7); build (B,)."""
     state, colour, style, scene, build = outputs.split(SPLIT, dim=1)
     return {
         "state": state.unflatten(1, (len(KINDS), STATES)),
@@ -36,11 +36,8 @@ def loss(outputs: Tensor, labels: Tensor) -> Tensor:
     state, colour, rest = labels[:, :kinds], labels[:, kinds : 2 * kinds], labels[:, 2 * kinds :]
     value = F.cross_entropy(read["state"].flatten(0, 1), state.flatten())
     value = value + F.cross_entropy(read["colour"].flatten(0, 1), colour.flatten(), ignore_index=NO_COLOUR)
-    value = (
-        value
-        + 0.2 * F.cross_entropy(read["style"], rest[:, 0])
-        + 0.2 * F.cross_entropy(read["scene"], rest[:, 1])
-    )
+    value = value + 0.2 * F.cross_entropy(read["style"], rest[:, 0])
+    value = value + 0.2 * F.cross_entropy(read["scene"], rest[:, 1])
     return value + F.mse_loss(read["build"], rest[:, 2].float() / 1000)
 
 
@@ -96,7 +93,7 @@ def read(reader: Callable[[Tensor], Tensor], pixels: Tensor, chunk: int = 64) ->
 
 
 def accuracy(readings: Readings, labels: np.ndarray) -> dict[str, float]:
-    """Share of right answers for states and colours (of parts that are there), style, scene; the build's mean error."""
+    """Shares of right answers, of colours among parts that are there; for the build the mean error."""
     kinds = len(KINDS)
     state, colour = labels[:, :kinds], labels[:, kinds : 2 * kinds]
     seen = colour != NO_COLOUR

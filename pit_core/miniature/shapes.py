@@ -88,8 +88,8 @@ def _slit_eyes(w: float) -> list[Polygon]:
 
 
 def _cat_ears(w: float) -> list[Polygon]:
-    outer = [(64 + 0.1 * w, 55), (64 + 0.72 * w, 25), (64 + 0.92 * w, 66)]
-    inner = [(64 + 0.35 * w, 52), (64 + 0.68 * w, 34), (64 + 0.78 * w, 58)]
+    outer: list[Point] = [(64 + 0.1 * w, 55), (64 + 0.72 * w, 25), (64 + 0.92 * w, 66)]
+    inner: list[Point] = [(64 + 0.35 * w, 52), (64 + 0.68 * w, 34), (64 + 0.78 * w, 58)]
     return both_sides([(outer, "main"), (inner, "light")])
 
 
