@@ -1,0 +1,69 @@
+"""Pictures to IP tokens through the host's image encoder, each picture once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..pit_core.ip_adapter.checkpoint import check_encoder
+from ..pit_core.ip_adapter.encode import encode_tokens, null_tokens
+from ..pit_core.ip_adapter.pixels import hash_pixels, preprocess
+from . import host
+
+KEPT = 512  # pictures; 16 tokens of width 2048 are 128 KiB each
+FULL_ENCODER, FULL_CANVAS = 224, 1024  # the released encoder, and the square that its parts were put on
+
+_kept: OrderedDict[tuple[int, str, str], Tensor] = OrderedDict()
+
+
+class Encoding:
+    """An image encoder and an adapter that belong together. Raises PitError where they do not."""
+
+    def __init__(self, clip_vision: object, adapter: host.ManagedAdapter) -> None:
+        self.encoder = host.HostEncoder(clip_vision)
+        self.managed = adapter
+        self.adapter = adapter.adapter
+        check_encoder(self.adapter, self.encoder.hidden_width, self.encoder.projection_dim)
+
+    @property
+    def canvas(self) -> int:
+        """Side of the white square for parts: 1024 px, or what a smaller encoder sees."""
+        return FULL_CANVAS if self.encoder.image_size >= FULL_ENCODER else self.encoder.image_size
+
+    def pictures(self, pictures: Sequence[Image.Image], fit: str = "crop", chunk: int = 8) -> Tensor:
+        """Pictures -> tokens (B, T, D), float32 on the CPU; at most `chunk` are encoded at a time."""
+        size, mean, std = self.encoder.image_size, self.encoder.mean, self.encoder.std
+        keys, missing = [], {}
+        for picture in pictures:
+            pixels = preprocess([picture], size, fit, mean=mean, std=std)
+            keys.append((self.encoder.number, self.adapter.content_hash, hash_pixels(pixels)))
+            if keys[-1] not in _kept:
+                missing[keys[-1]] = pixels
+        found = {key: _kept[key] for key in keys if key in _kept}
+        if missing:
+            self.managed.projector.load()
+            rows = encode_tokens(self.encoder, self.adapter, torch.cat(list(missing.values())), chunk).cpu()
+            found.update(zip(missing, rows, strict=True))
+        _keep(found)
+        return torch.stack([found[key] for key in keys])
+
+    def null(self, kind: str | None) -> Tensor:
+        """Tokens (1, T, D) of "no image"; None takes what the adapter was trained with."""
+        kind = kind or ("grey" if self.adapter.kind == "plus" else "zeros")
+        key = (self.encoder.number, self.adapter.content_hash, kind)
+        if key not in _kept:
+            self.managed.projector.load()
+            _keep({key: null_tokens(self.encoder, self.adapter, kind)[0].cpu()})
+        return _kept[key][None]
+
+
+def _keep(found: dict[tuple[int, str, str], Tensor]) -> None:
+    for key, row in found.items():
+        _kept[key] = row
+        _kept.move_to_end(key)
+    while len(_kept) > KEPT:
+        _kept.popitem(last=False)

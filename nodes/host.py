@@ -1,0 +1,532 @@
+"""The only file that knows ComfyUI's internals: models and their patching, folders, progress, interrupts."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import comfy.clip_vision
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.patcher_extension
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.utils
+import folder_paths
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor
+
+from ..pit_core.errors import PitError
+from ..pit_core.files import hash_tensors, inside
+from ..pit_core.ip_adapter.adapter import IPAdapter
+from ..pit_core.ip_adapter.checkpoint import check_family, load_ip_adapter
+from ..pit_core.ip_adapter.layers import AttentionLayer, layers_of_ldm_shapes
+from ..pit_core.ip_adapter.tokens import IPTokens
+from ..pit_core.ip_adapter.weights import LayerWeight
+from ..pit_core.ip_prior.checkpoint import load_prior
+from ..pit_core.ip_prior.info import PriorInfo
+from ..pit_core.ip_prior.model import IPPrior
+from .attention import AREAS, Application, Areas, KeysValues, StackedAttention, stacked
+
+KEY = "piece_it_together"
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
+TOKEN_FILES = {".safetensors"}
+TOKENS = "ip_tokens"
+KEPT_RUNS = 4  # keys and values kept per adapter, so that another weight does not compute them again
+
+# folders
+
+
+def register_folders() -> None:
+    """Make our folders known, beside whatever other packs and extra_model_paths.yaml have put there."""
+    models, output = Path(folder_paths.models_dir), Path(folder_paths.get_output_directory())
+    for name, place, suffixes in (
+        ("ipadapter", models / "ipadapter", WEIGHTS),
+        ("ip_prior", models / "ip_prior", WEIGHTS),
+        (TOKENS, output / TOKENS, TOKEN_FILES),
+    ):
+        folder_paths.add_model_folder_path(name, str(place))
+        paths, known = folder_paths.folder_names_and_paths[name]
+        if not known:  # an empty set stands for every file
+            folder_paths.folder_names_and_paths[name] = (paths, set(suffixes))
+
+
+def files_in(folder: str) -> list[str]:
+    """The files of a folder as a drop-down lists them."""
+    return list(folder_paths.get_filename_list(folder))
+
+
+def path_of(folder: str, name: str) -> Path:
+    """The file that a drop-down's entry stands for. Raises PitError where it is gone or leads elsewhere."""
+    for place in folder_paths.get_folder_paths(folder):
+        path = inside(place, name.replace("\\", "/"))
+        if path.is_file():
+            return path
+    places = ", ".join(map(str, folder_paths.get_folder_paths(folder)))
+    raise PitError(f"There is no file '{name[:100]}' in {places}; put it there, or choose another one.")
+
+
+def state_of(folder: str, name: str | None) -> str:
+    """What changes when the file does, for the host's cache."""
+    if not name:
+        return ""
+    try:
+        stat = path_of(folder, name).stat()
+    except (PitError, OSError):
+        return "missing"
+    return f"{stat.st_mtime_ns}-{stat.st_size}"
+
+
+def new_token_file(prefix: str) -> tuple[Path, str]:
+    """A path that is free, numbered by the host's own rule, and its name below the folder for tokens."""
+    folder = Path(folder_paths.get_output_directory()) / TOKENS
+    inside(folder, prefix)
+    place, name, number, below, _ = folder_paths.get_save_image_path(prefix, str(folder))
+    file = f"{name}_{number:05}_.safetensors"
+    return Path(place) / file, f"{below}/{file}" if below else file
+
+
+# progress
+
+
+def progress(total: int) -> Callable[[int], None]:
+    """A function to call with the number of steps done; it moves the bar, and stops when the user asked."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def report(done: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return report
+
+
+# models of ours, under the host's memory management
+
+
+class Managed:
+    """A module that the host loads to the device, offloads and frees like its own models."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            module,
+            load_device=comfy.model_management.get_torch_device(),
+            offload_device=comfy.model_management.unet_offload_device(),
+        )
+
+    def load(self) -> torch.device:
+        """Bring it to the device, as far as memory allows, and say which device that is."""
+        comfy.model_management.load_model_gpu(self.patcher)
+        return self.patcher.load_device
+
+
+class ManagedAdapter:
+    """An IP-Adapter. Its projection and its layers are separate models: neither is needed with the other."""
+
+    def __init__(self, path: Path) -> None:
+        self.adapter: IPAdapter = load_ip_adapter(path, operations=comfy.ops.manual_cast)
+        self.projector = Managed(self.adapter.image_proj)
+        self.layers = Managed(self.adapter.ip_adapter)
+        self._kept: OrderedDict[tuple[str, torch.dtype], KeysValues] = OrderedDict()
+
+    def __str__(self) -> str:
+        return self.adapter.name
+
+    @torch.no_grad()
+    def keys_values(self, key: str, tokens: Tensor, dtype: torch.dtype) -> KeysValues:
+        """K and V of every layer on the CPU, (B, T, width) each; `key` names the tokens for the cache."""
+        place = (key, dtype)
+        if place not in self._kept:
+            device = self.layers.load()
+            like = torch.empty(0, device=device, dtype=torch.float32)
+            layers = self.adapter.layers
+            found = {n: layers.keys_values(n, tokens.to(like), like) for n in range(len(layers))}
+            self._kept[place] = {n: (_stored(k, dtype), _stored(v, dtype)) for n, (k, v) in found.items()}
+        self._kept.move_to_end(place)
+        while len(self._kept) > KEPT_RUNS:
+            self._kept.popitem(last=False)
+        return self._kept[place]
+
+
+class ManagedPrior:
+    """An IP-Prior and what is known of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.prior: IPPrior
+        self.info: PriorInfo
+        self.prior, self.info = load_prior(path, operations=comfy.ops.manual_cast)
+        self.name = f"'{path.name}'"
+        self.managed = Managed(self.prior)
+
+
+def _stored(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """On the CPU, in half precision for a model that runs in it, unless the numbers do not fit."""
+    half = t.to(torch.float16) if dtype != torch.float32 else t
+    return (half if bool(torch.isfinite(half).all()) else t).to("cpu")
+
+
+# the host's image encoder
+
+_encoder_numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_next_number = count()
+
+
+class HostEncoder:
+    """CLIP_VISION with the face of `pit_core`'s ImageEncoder. Raises PitError for what is no CLIP encoder."""
+
+    def __init__(self, clip_vision: Any) -> None:
+        self.clip_vision = clip_vision
+        tower = getattr(getattr(clip_vision, "model", None), "vision_model", None)
+        shapes = {} if tower is None else {k: tuple(p.shape) for k, p in clip_vision.model.named_parameters()}
+        norm = shapes.get("vision_model.post_layernorm.weight")
+        projection = shapes.get("visual_projection.weight")
+        if norm is None or projection is None:
+            raise PitError(
+                "clip_vision is not a CLIP image encoder with a projection; load CLIP ViT-H/14 (for most "
+                "adapters) with 'Load CLIP Vision'."
+            )
+        self.hidden_width, self.projection_dim = int(norm[0]), int(projection[0])
+        self.image_size = int(clip_vision.image_size)
+        self.mean, self.std = tuple(clip_vision.image_mean), tuple(clip_vision.image_std)
+        self.name = "clip_vision"
+        self.number = _encoder_numbers.setdefault(clip_vision.model, next(_next_number))
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised pixels (B, 3, S, S) -> penultimate states (B, N, W), embedding (B, P), float32."""
+        comfy.model_management.load_model_gpu(self.clip_vision.patcher)
+        out = self.clip_vision.model(
+            pixel_values=pixels.to(self.clip_vision.load_device), intermediate_output=-2
+        )
+        return out[1].float(), out[2].float()
+
+
+# applying tokens to a model
+
+
+def layers_of_model(model: Any) -> list[AttentionLayer]:
+    """The text cross-attention layers of a MODEL. Raises PitError for a model that has none."""
+    network = model.model.diffusion_model
+    shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+    return layers_of_ldm_shapes(shapes)
+
+
+def check_model(model: Any, adapter: ManagedAdapter) -> list[AttentionLayer]:
+    """The layers of a model that this adapter fits. Raises PitError that names both families."""
+    layers = layers_of_model(model)
+    check_family(adapter.adapter, layers)
+    return layers
+
+
+def sigmas_of(model: Any, start: float, end: float) -> tuple[float, float] | None:
+    """The noise levels at which `start` and `end` of the run (0 to 1) lie; None for the whole run."""
+    if start <= 0 and end >= 1:
+        return None
+    sampling = model.get_model_object("model_sampling")
+    return float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end))
+
+
+def make_application(
+    model: Any,
+    adapter: ManagedAdapter,
+    tokens: Tensor,
+    uncond: Tensor,
+    weights: Mapping[int, LayerWeight],
+    **options: Any,
+) -> Application:
+    """Keys and values of both halves, computed once, with what Application takes besides."""
+    dtype = model.model_dtype()
+    keys = [_token_key(adapter, t) for t in (tokens, uncond)]
+    cond, other = (adapter.keys_values(k, t, dtype) for k, t in zip(keys, (tokens, uncond), strict=True))
+    mask = options.get("mask")
+    rest = {**options, "mask": None if mask is None else hash_tensors({"mask": mask})}
+    key = "|".join([*keys, repr(sorted(weights.items())), repr(sorted(rest.items()))])
+    return Application(key, cond, other, weights, **options)
+
+
+def _token_key(adapter: ManagedAdapter, tokens: Tensor) -> str:
+    return adapter.adapter.content_hash + IPTokens(tokens, tokens.shape[1]).content_hash()
+
+
+def apply(model: Any, layers: Sequence[AttentionLayer], applications: Sequence[Application]) -> Any:
+    """A clone of the model with more applications; the model itself stays as it is."""
+    patched = model.clone()
+    for application in applications:
+        placed = _replacements(patched)
+        for layer in layers:
+            if layer.index not in application.weights:
+                continue
+            block, number, index = layer.comfy_block
+            before = placed.get(layer.comfy_block, placed.get((block, number)))
+            patch = stacked(layer.index, application, _attention, before)
+            patched.set_model_attn2_replace(patch, block, number, index)
+    _watch(patched)
+    return patched
+
+
+def _replacements(model: Any) -> dict[Any, Any]:
+    options = model.model_options.get("transformer_options", {})
+    return dict(options.get("patches_replace", {}).get("attn2", {}))
+
+
+def applications_of(model: Any) -> Iterator[Application]:
+    """What "Apply IP tokens" has put on a model, each once for every layer."""
+    for patch in _replacements(model).values():
+        if isinstance(patch, StackedAttention):
+            yield from patch.applications
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    """The host's own attention, called as its layer calls it, so that the result is the same bit for bit."""
+    precision = options.get("attn_precision")
+    return optimized_attention(
+        q, k, v, options["n_heads"], attn_precision=precision, transformer_options=options
+    )
+
+
+def _watch(model: Any) -> None:
+    extension = comfy.patcher_extension
+    model.remove_wrappers_with_key(extension.WrappersMP.CALC_COND_BATCH, KEY)
+    model.add_wrapper_with_key(extension.WrappersMP.CALC_COND_BATCH, KEY, _tell_areas)
+    model.remove_callbacks_with_key(extension.CallbacksMP.ON_CLEANUP, KEY)
+    model.add_callback_with_key(extension.CallbacksMP.ON_CLEANUP, KEY, _release)
+
+
+def _release(model: Any) -> None:
+    """After a run, also one that failed: nothing of ours stays on the device."""
+    for application in applications_of(model):
+        application.release()
+
+
+def _tell_areas(
+    executor: Callable[..., Any],
+    model: Any,
+    conds: Sequence[Any],
+    x: Tensor,
+    timestep: Tensor,
+    options: dict[str, Any],
+) -> Any:
+    """Let masks know which part of the picture a condition with an area covers."""
+    entries = [entry for group in conds if group is not None for entry in group]
+    areas = {e["uuid"]: tuple(e["area"]) for e in entries if e.get("area") is not None and "uuid" in e}
+    boxes = {uuid: _within(area, x.shape[-2:]) for uuid, area in areas.items() if len(area) == 4}
+    if boxes:
+        told = {AREAS: Areas(tuple(x.shape[-2:]), boxes)}
+        options = {**options, "transformer_options": {**options.get("transformer_options", {}), **told}}
+    return executor(model, conds, x, timestep, options)
+
+
+def _within(area: Sequence[int], latent: Sequence[int]) -> tuple[int, int, int, int]:
+    height, width, top, left = (int(value) for value in area)
+    return min(height, latent[0] - top), min(width, latent[1] - left), top, left
+
+
+# small models out of the host's own classes
+
+
+def build_sdxl(config: Mapping[str, Any], load: Callable[[], dict[str, Tensor]]) -> Any:
+    """A MODEL of the SDXL family at any size: diffusers' unet/config.json and its weights.
+
+    `load` brings the weights; the host calls this function again when it needs an independent copy.
+    """
+    patcher, names = empty_sdxl(config)
+    weights = {names[key]: t.float() for key, t in load().items()}
+    _fill(patcher.model.diffusion_model, weights, "unet")
+    patcher.cached_patcher_init = (_rebuild_sdxl, (config, load))
+    return patcher
+
+
+def empty_sdxl(config: Mapping[str, Any]) -> tuple[Any, dict[str, str]]:
+    """A MODEL whose weights are yet to be filled in, and diffusers' name of each weight -> the host's."""
+    plan = _sdxl_plan(config)
+    family = comfy.supported_models.SDXL(plan)
+    family.unet_config.update(num_heads=-1, num_head_channels=_head_width(config))
+    family.set_inference_dtype(torch.float32, None)
+    device = comfy.model_management.unet_offload_device()
+    model = family.get_model({}, "", device=device)
+    set_groups(model.diffusion_model, config["norm_num_groups"])
+    patcher = comfy.model_patcher.ModelPatcher(
+        model, load_device=comfy.model_management.get_torch_device(), offload_device=device
+    )
+    return patcher, comfy.utils.unet_to_diffusers(plan)
+
+
+def _rebuild_sdxl(config: Mapping[str, Any], load: Callable[[], dict[str, Tensor]], **_options: Any) -> Any:
+    """As build_sdxl; the host names the kind of patcher that it wants, and ours is of the plain kind."""
+    return build_sdxl(config, load)
+
+
+def build_vae(config: Mapping[str, Any], weights: dict[str, Tensor]) -> Any:
+    """A VAE out of diffusers' vae/config.json and its weights."""
+    widths = config["block_out_channels"]
+    ddconfig = {
+        "double_z": True,
+        "z_channels": config["latent_channels"],
+        "resolution": config["sample_size"],
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": config["layers_per_block"],
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    params = {"params": {"ddconfig": ddconfig, "embed_dim": config["latent_channels"]}}
+    vae = comfy.sd.VAE(sd={k: t.float() for k, t in weights.items()}, config=params, dtype=torch.float32)
+    vae.latent_channels = config["latent_channels"]
+    vae.downscale_ratio = vae.upscale_ratio = 2 ** (len(widths) - 1)
+    set_groups(vae.first_stage_model, config["norm_num_groups"])
+    return vae
+
+
+def build_clip_vision(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
+    """CLIP_VISION out of transformers' settings and weights."""
+    with tempfile.TemporaryDirectory() as folder:  # the host takes a path; from 0.33 on a dict too
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps({"model_type": "clip_vision_model", "num_channels": 3, **config}), "utf-8")
+        encoder = comfy.clip_vision.ClipVisionModel(str(path))
+    _fill(encoder.model, weights, "image encoder")
+    return encoder
+
+
+def build_clip(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    tokenize: Callable[[str], list[int]],
+    special: Mapping[str, int],
+) -> Any:
+    """CLIP out of one text tower with SDXL's habits: penultimate states, projected pooled output.
+
+    tokenize: a text without weights -> ids alone, neither started, ended nor padded. special: the ids of
+    "start", "end" and "pad".
+    """
+    length = config["max_position_embeddings"]
+
+    class Tower(comfy.sd1_clip.SDClipModel):
+        def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> None:
+            super().__init__(
+                device=device,
+                max_length=length,
+                layer="hidden",
+                layer_idx=-2,
+                textmodel_json_config=dict(config),
+                dtype=dtype,
+                special_tokens=dict(special),
+                layer_norm_hidden_state=False,
+                return_projected_pooled=True,
+                model_options={**(model_options or {}), "model_name": "miniature"},
+            )
+            vocabulary, width = config["vocab_size"], config["hidden_size"]
+            table = self.operations.Embedding(vocabulary, width, dtype=dtype, device=device)
+            self.transformer.set_input_embeddings(table)
+
+    class Model(comfy.sd1_clip.SD1ClipModel):
+        def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> None:
+            super().__init__(
+                device=device,
+                dtype=dtype,
+                model_options=model_options or {},
+                clip_name="miniature",
+                clip_model=Tower,
+            )
+
+    class Tokenizer:
+        def __init__(self, **_options: Any) -> None:
+            pass
+
+        def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_options: Any) -> Any:
+            return {"miniature": weighted_tokens(text, tokenize, special, length, return_word_ids)}
+
+        def untokenize(self, pairs: Any) -> Any:
+            return [(pair, str(pair[0])) for pair in pairs]
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+    target = comfy.supported_models_base.ClipTarget(Tokenizer, Model)
+    clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
+    _fill(clip.cond_stage_model.clip_miniature.transformer, weights, "text encoder")
+    return clip
+
+
+def weighted_tokens(
+    text: str,
+    tokenize: Callable[[str], list[int]],
+    special: Mapping[str, int],
+    length: int,
+    word_ids: bool = False,
+) -> list[list[tuple[Any, ...]]]:
+    """A prompt with "(words:1.2)" weights as the host's sections of (id, weight), each started and padded."""
+    escaped = comfy.sd1_clip.escape_important(text)
+    pairs: list[tuple[Any, ...]] = []
+    for number, (words, weight) in enumerate(comfy.sd1_clip.token_weights(escaped, 1.0), 1):
+        plain = comfy.sd1_clip.unescape_important(words)
+        pairs += [(token, weight, number) for token in tokenize(plain)]
+    room = length - 2
+    sections = [pairs[at : at + room] for at in range(0, max(1, len(pairs)), room)]
+    full = [[(special["start"], 1.0, 0), *section, (special["end"], 1.0, 0)] for section in sections]
+    full = [[*row, *[(special["pad"], 1.0, 0)] * (length - len(row))] for row in full]
+    return full if word_ids else [[entry[:2] for entry in row] for row in full]
+
+
+def set_groups(model: torch.nn.Module, groups: int) -> None:
+    """The host's classes have 32 groups in every group norm, which small models do not."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.num_groups = groups
+
+
+def _fill(module: torch.nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Load every weight: the host's layers leave what is not loaded uninitialised."""
+    missing, unexpected = module.load_state_dict(dict(weights), strict=False)
+    missing = [key for key in missing if key != "logit_scale" and not key.endswith("position_ids")]
+    unexpected = [key for key in unexpected if not key.endswith("position_ids")]
+    if missing or unexpected:
+        raise PitError(
+            f"The miniature's {what} does not fit this ComfyUI (missing {missing[:3]}, unknown "
+            f"{unexpected[:3]}); update the pack."
+        )
+
+
+def _sdxl_plan(config: Mapping[str, Any]) -> dict[str, Any]:
+    """diffusers' unet/config.json in the host's words."""
+    widths, per_level = config["block_out_channels"], config["layers_per_block"]
+    depths = config["transformer_layers_per_block"]
+    with_text = ["CrossAttn" in kind for kind in config["down_block_types"]]
+    used = [depth if text else 0 for depth, text in zip(_each(depths, widths), with_text, strict=True)]
+    return {
+        "image_size": 32,
+        "in_channels": config["in_channels"],
+        "out_channels": config["out_channels"],
+        "model_channels": widths[0],
+        "channel_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": [per_level] * len(widths),
+        "transformer_depth": [depth for depth in used for _ in range(per_level)],
+        "transformer_depth_output": [depth for depth in used for _ in range(per_level + 1)],
+        "transformer_depth_middle": _each(depths, widths)[-1],
+        "context_dim": config["cross_attention_dim"],
+        "adm_in_channels": config["projection_class_embeddings_input_dim"],
+        "num_classes": "sequential",
+        "use_linear_in_transformer": True,
+        "use_spatial_transformer": True,
+        "use_temporal_attention": False,
+        "legacy": False,
+    }
+
+
+def _each(value: Any, widths: Sequence[int]) -> list[int]:
+    return [value] * len(widths) if isinstance(value, int) else list(value)
+
+
+def _head_width(config: Mapping[str, Any]) -> int:
+    """diffusers calls the number of heads `attention_head_dim`."""
+    heads = _each(config["attention_head_dim"], config["block_out_channels"])
+    return config["block_out_channels"][-1] // heads[-1]

@@ -1,0 +1,24 @@
+"""All nodes of the pack; a class's name is its node's id."""
+
+from . import host
+from .ip_prior import PiTLoadPrior, PiTSamplePrior
+from .ip_tokens import PiTApplyTokens, PiTEncodeImage, PiTEncodeParts, PiTLoadIPAdapter, PiTTokensFromEmbeds
+from .miniature import PiTMiniatureSDXL
+from .token_tools import PiTCombineTokens, PiTLoadTokens, PiTPreviewTokens, PiTSaveTokens
+
+__all__ = ["NODES", "host"]
+
+NODES = (
+    PiTLoadIPAdapter,
+    PiTEncodeImage,
+    PiTEncodeParts,
+    PiTTokensFromEmbeds,
+    PiTCombineTokens,
+    PiTApplyTokens,
+    PiTPreviewTokens,
+    PiTSaveTokens,
+    PiTLoadTokens,
+    PiTLoadPrior,
+    PiTSamplePrior,
+    PiTMiniatureSDXL,
+)

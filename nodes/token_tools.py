@@ -1,0 +1,141 @@
+"""IP tokens themselves: combine, save, load, look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..pit_core.errors import PitError
+from ..pit_core.ip_adapter.token_picture import token_picture
+from ..pit_core.ip_adapter.tokens import OPERATIONS, IPTokens, combine, load_ip_tokens, save_ip_tokens
+from . import host
+from .images import to_image
+from .sockets import IPTokensSocket, schema
+
+MAX_INPUTS = 12
+NOTHING = "(nothing saved yet)"
+
+
+class PiTCombineTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        each = IPTokensSocket.Input("tokens", optional=True, tooltip="IP tokens of the same adapter.")
+        return schema(
+            "PiTCombineTokens",
+            "Combine IP Tokens",
+            "Makes one set of tokens out of several, or out of the rows of a single one.",
+            ["merge embeds", "mix images", "blend tokens"],
+            inputs=[
+                io.Autogrow.Input(
+                    "tokens",
+                    template=io.Autogrow.TemplatePrefix(each, prefix="tokens", min=1, max=MAX_INPUTS),
+                    tooltip="Two or more; or a single one, whose rows are combined.",
+                ),
+                io.Combo.Input(
+                    "operation",
+                    options=list(OPERATIONS),
+                    default="concat",
+                    tooltip="concat: all are seen side by side. norm-average: mean direction at mean length. "
+                    "subtract: the first less the mean of the rest. slerp: along the arc between two.",
+                ),
+                io.Float.Input(
+                    "amount",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="For slerp: how far to go from the first (0) to the second (1).",
+                ),
+            ],
+            outputs=[IPTokensSocket.Output(display_name="tokens")],
+        )
+
+    @classmethod
+    def execute(cls, tokens: dict[str, Any], operation: str = "concat", amount: float = 0.5) -> io.NodeOutput:
+        given = {name: value for name, value in tokens.items() if value is not None}
+        return io.NodeOutput(combine([checked(v, name) for name, v in given.items()], operation, amount))
+
+
+class PiTSaveTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "PiTSaveTokens",
+            "Save IP Tokens",
+            "Writes tokens to output/ip_tokens, where 'Load IP Tokens' finds them.",
+            ["save embeds", "export tokens"],
+            inputs=[
+                IPTokensSocket.Input("tokens", tooltip="The tokens to keep, with their nulls."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="tokens",
+                    tooltip="The name to which a number is added; subfolders with '/'.",
+                ),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, tokens: IPTokens, filename_prefix: str = "tokens") -> io.NodeOutput:
+        path, name = host.new_token_file(filename_prefix)
+        save_ip_tokens(path, checked(tokens, "tokens"))
+        return io.NodeOutput(ui={"text": (f"Saved {tokens} as {name}",)})
+
+
+class PiTLoadTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "PiTLoadTokens",
+            "Load IP Tokens",
+            "Reads tokens that 'Save IP Tokens' or `pit sample` wrote.",
+            ["load embeds", "import tokens"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=host.files_in(host.TOKENS) or [NOTHING],
+                    tooltip="A file in output/ip_tokens; press R to see new ones.",
+                )
+            ],
+            outputs=[IPTokensSocket.Output(display_name="tokens")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None = None) -> str:
+        return host.state_of(host.TOKENS, file)
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        if file == NOTHING:
+            raise PitError("file: no tokens have been saved yet; save some with 'Save IP Tokens'.")
+        return io.NodeOutput(load_ip_tokens(host.path_of(host.TOKENS, file)))
+
+
+class PiTPreviewTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "PiTPreviewTokens",
+            "Preview IP Tokens",
+            "Draws each row's token lengths and how similar the tokens are to each other, and the rows.",
+            ["show tokens", "inspect embeds"],
+            inputs=[IPTokensSocket.Input("tokens", tooltip="The tokens to look at.")],
+            outputs=[io.Image.Output(display_name="picture"), io.String.Output(display_name="summary")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, tokens: IPTokens) -> io.NodeOutput:
+        picture = to_image(token_picture(checked(tokens, "tokens")))
+        return io.NodeOutput(picture, str(tokens), ui=ui.PreviewImage(picture, cls=cls))
+
+
+def checked(value: Any, name: str) -> IPTokens:
+    """The value, if it is IP tokens; else PitError that names the input."""
+    if not isinstance(value, IPTokens):
+        raise PitError(
+            f"{name} is {type(value).__name__}, not IP tokens; convert EMBEDS with their own node."
+        )
+    return value

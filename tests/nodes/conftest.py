@@ -1,0 +1,40 @@
+"""The nodes on a bench: ComfyUI's stand-in, or the real one (see test_on_the_real_host.py)."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import benches  # noqa: E402
+
+HOST = os.environ.get("PIT_TESTS_ON_HOST")
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[benches.Bench]:
+    folder = tmp_path_factory.mktemp("host")
+    made = benches.RealBench(Path(HOST), folder) if HOST else benches.DoubleBench(folder)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def double(bench: benches.Bench) -> benches.DoubleBench:
+    """For what can only be looked at on the stand-in."""
+    if not isinstance(bench, benches.DoubleBench):
+        pytest.skip("looks into the stand-in")
+    return bench
+
+
+@pytest.fixture(autouse=True)
+def clean_folders(bench: benches.Bench) -> Iterator[None]:
+    yield
+    for name in ("models/ipadapter", "models/ip_prior", "output/ip_tokens"):
+        shutil.rmtree(bench.folder / name, ignore_errors=True)
+        (bench.folder / name).mkdir(parents=True)
