@@ -82,7 +82,7 @@ RECIPES: dict[str, LoopConfig] = {
         save_every=500,
     ),
     "unet": LoopConfig(
-        steps=3600,
+        steps=4000,
         batch_size=64,
         lr=1.2e-3,
         schedule="cosine",

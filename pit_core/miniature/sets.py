@@ -38,18 +38,24 @@ def everything(out: Path) -> list[PictureSet]:
 
 
 def base_pictures(out: Path) -> Pictures:
-    """What the UNet and its adapter learn on: the world, and the concepts as whole critters."""
-    world, concepts = everything(out)
-    whole = len(world) + np.flatnonzero(concepts.labels[:, -1] == 0)
-    return Pictures([world, concepts], rows=np.concatenate([np.arange(len(world)), whole]))
+    """What the UNet and its adapter learn on: half of the whole pictures, because each must be encoded first."""
+    whole = _whole_pictures(out)
+    return Pictures(whole.sets, rows=whole.rows[::2])
 
 
 def vision_pictures(out: Path) -> Pictures:
-    """The base pictures and an eighth of the concepts' parts."""
-    base = base_pictures(out)
-    world, concepts = base.sets
+    """What the image encoder learns on at last: all whole pictures and an eighth of the concepts' parts."""
+    whole = _whole_pictures(out)
+    world, concepts = whole.sets
     parts = len(world) + np.flatnonzero(concepts.labels[:, -1] != 0)[::8]
-    return Pictures(base.sets, rows=np.concatenate([base.rows, parts]))
+    return Pictures(whole.sets, rows=np.concatenate([whole.rows, parts]))
+
+
+def _whole_pictures(out: Path) -> Pictures:
+    """The world, and the concepts as whole critters."""
+    world, concepts = everything(out)
+    whole = len(world) + np.flatnonzero(concepts.labels[:, -1] == 0)
+    return Pictures([world, concepts], rows=np.concatenate([np.arange(len(world)), whole]))
 
 
 def _world(index: int) -> list[Picture]:

@@ -155,7 +155,8 @@ def base_latents(out: Path, vae: Any) -> np.ndarray:
     """Scaled latents (N, 4, 16, 16) of the base pictures."""
 
     def make(pixels: Tensor) -> Tensor:
-        return vae.encode(pixels).latent_dist.mode() * models.SDXL_LATENT_SCALE
+        with torch.autocast("cpu", torch.bfloat16):
+            return vae.encode(pixels).latent_dist.mode().float() * models.SDXL_LATENT_SCALE
 
     return _of_base(out, "latents", make, weights_of(out, "vae"))
 
