@@ -153,6 +153,11 @@ def _options(
 # the main job
 
 Paths = list[Path]
+SDXL = "SDXL: a diffusers folder or a .safetensors file."
+SDXL_CONFIG = "A diffusers folder with SDXL's tokenizers, for a single file."
+IMAGE_ENCODER = "CLIP ViT-H: a folder or a file."
+IP_ADAPTER = "IP-Adapter Plus for SDXL."
+PRIOR = "IP-Prior: prior.ckpt with cfg.yaml, or a safetensors file."
 
 
 @app.command()
@@ -161,7 +166,7 @@ def sample(
     parts: Annotated[
         Paths, typer.Option(help="Part pictures, in order; with --random also folders.", show_default=False)
     ] = [],  # noqa: B006 - typer reads it, nobody changes it
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("concepts"),
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out"),
     count: Annotated[
         int | None,
         typer.Option(help="Concepts of each set of parts; 8, or 1 with --random.", show_default=False),
@@ -188,24 +193,11 @@ def sample(
         Path | None, typer.Option(help="The record of a run to repeat.", show_default=False)
     ] = None,
     model: Annotated[str, typer.Option(help="'miniature', unless files are named below.")] = "miniature",
-    sdxl: Annotated[
-        Path | None, typer.Option(help="SDXL: a diffusers folder or a .safetensors file.", show_default=False)
-    ] = None,
-    sdxl_config: Annotated[
-        Path | None,
-        typer.Option(
-            help="A diffusers folder with SDXL's tokenizers, for a single file.", show_default=False
-        ),
-    ] = None,
-    image_encoder: Annotated[
-        Path | None, typer.Option(help="CLIP ViT-H: a folder or a file.", show_default=False)
-    ] = None,
-    ip_adapter: Annotated[
-        Path | None, typer.Option(help="IP-Adapter Plus for SDXL.", show_default=False)
-    ] = None,
-    prior: Annotated[
-        Path | None, typer.Option(help="IP-Prior: prior.ckpt or a safetensors file.", show_default=False)
-    ] = None,
+    sdxl: Annotated[Path | None, typer.Option(help=SDXL, show_default=False)] = None,
+    sdxl_config: Annotated[Path | None, typer.Option(help=SDXL_CONFIG, show_default=False)] = None,
+    image_encoder: Annotated[Path | None, typer.Option(help=IMAGE_ENCODER, show_default=False)] = None,
+    ip_adapter: Annotated[Path | None, typer.Option(help=IP_ADAPTER, show_default=False)] = None,
+    prior: Annotated[Path | None, typer.Option(help=PRIOR, show_default=False)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps, or auto.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="auto: float16 on a GPU, else float32.")] = Dtype.auto,
     prior_steps: Annotated[int, typer.Option(help="Steps of the prior.")] = 25,
@@ -443,11 +435,11 @@ def _agreed(plan: str, yes: bool) -> bool:
 @app.command()
 @plain_errors
 def verify(
-    sdxl: Annotated[Path | None, typer.Option(show_default=False)] = None,
-    sdxl_config: Annotated[Path | None, typer.Option(show_default=False)] = None,
-    image_encoder: Annotated[Path | None, typer.Option(show_default=False)] = None,
-    ip_adapter: Annotated[Path | None, typer.Option(show_default=False)] = None,
-    prior: Annotated[Path | None, typer.Option(show_default=False)] = None,
+    sdxl: Annotated[Path | None, typer.Option(help=SDXL, show_default=False)] = None,
+    sdxl_config: Annotated[Path | None, typer.Option(help=SDXL_CONFIG, show_default=False)] = None,
+    image_encoder: Annotated[Path | None, typer.Option(help=IMAGE_ENCODER, show_default=False)] = None,
+    ip_adapter: Annotated[Path | None, typer.Option(help=IP_ADAPTER, show_default=False)] = None,
+    prior: Annotated[Path | None, typer.Option(help=PRIOR, show_default=False)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps, or auto.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="auto: float16 on a GPU, else float32.")] = Dtype.auto,
     steps: Annotated[int, typer.Option(help="Steps of the picture.")] = 10,

@@ -1,12 +1,14 @@
 """Tokens to pictures through a real SDXL pipeline at toy size."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_stack
 import torch
+from original_layout import original_layout
 from PIL import Image
 
 from pit_core.errors import PitError
@@ -314,8 +316,6 @@ def test_a_folder_that_is_no_sdxl_is_refused(saved: Path, tmp_path: Path) -> Non
 
 
 def test_pickled_weights_in_a_folder_are_not_opened(saved: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "sdxl"
     shutil.copytree(saved, copy)
     (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -366,9 +366,27 @@ def test_a_single_file_needs_a_folder_with_tokenizers(tmp_path: Path) -> None:
         load_single_file(path, tmp_path / "nowhere")
 
 
-def test_half_precision_variants_are_found(saved: Path, tmp_path: Path) -> None:
-    import shutil
+def test_a_single_file_gives_the_pictures_of_its_folder(
+    saved: Path, tmp_path: Path, tokens: torch.Tensor, null: torch.Tensor
+) -> None:
+    from safetensors.torch import save_file
 
+    adapter = tiny_stack.adapter(tiny_stack.unet())
+    folder = load_renderer(saved, adapter)
+    path = tmp_path / "sdxl.safetensors"
+    save_file(original_layout(folder.pipe), path)
+    config = tmp_path / "config"  # settings and tokenizers without weights, as users would keep them
+    shutil.copytree(saved, config, ignore=shutil.ignore_patterns("*.safetensors"))
+    single = load_renderer(path, adapter, config=config)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        ours, theirs = (getattr(each.pipe, name).state_dict() for each in (single, folder))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+    pictures = [each.render(tokens[:1], null, QUICK, seeds=[1])[0] for each in (single, folder)]
+    assert _difference(*pictures) == 0
+
+
+def test_half_precision_variants_are_found(saved: Path, tmp_path: Path) -> None:
     copy = tmp_path / "sdxl"
     shutil.copytree(saved, copy)
     for path in copy.rglob("*.safetensors"):

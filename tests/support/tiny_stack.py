@@ -26,8 +26,8 @@ from pit_core.ip_prior.info import PriorInfo
 from pit_core.ip_prior.model import IPPrior
 from pit_core.render import Renderer, RenderSettings
 
-TEXT = 16  # width of each of the two text encoders
-CONTEXT = 2 * TEXT
+FIRST, TEXT = 8, 24  # widths of the two text encoders; the second also gives the pooled embedding
+CONTEXT = FIRST + TEXT
 PIXELS = 32  # of the pictures, and of what the image encoder sees
 VISION = 24
 TOKENS = 4
@@ -147,8 +147,8 @@ def save(folder: Path) -> StackFiles:
         vae=vae(),
         unet=model,
         scheduler=scheduler(),
-        text_encoder=_text_encoder(CLIPTextModel),
-        text_encoder_2=_text_encoder(CLIPTextModelWithProjection),
+        text_encoder=_text_encoder(CLIPTextModel, FIRST),
+        text_encoder_2=_text_encoder(CLIPTextModelWithProjection, TEXT),
         tokenizer=tokenizer(folder / "words"),
         tokenizer_2=tokenizer(folder / "words"),
         add_watermarker=False,
@@ -186,17 +186,17 @@ def tokenizer(folder: Path) -> Any:
     return CLIPTokenizer(vocabulary, merges, model_max_length=12)
 
 
-def _text_encoder(kind: Any) -> Any:
+def _text_encoder(kind: Any, width: int) -> Any:
     torch.manual_seed(6)
     return kind(
         CLIPTextConfig(
             vocab_size=64,
-            hidden_size=TEXT,
+            hidden_size=width,
             intermediate_size=32,
             num_hidden_layers=3,
             num_attention_heads=2,
             max_position_embeddings=12,
-            projection_dim=TEXT,
+            projection_dim=width,
             bos_token_id=55,
             eos_token_id=56,
             pad_token_id=56,
