@@ -289,7 +289,7 @@ def checked_device(name: str) -> torch.device:
     """A torch device that is there. Raises PitError for others."""
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" is a device, too, but holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise PitError(f"The device '{name}' is not available here; cpu always is.") from error
     return device

@@ -182,6 +182,46 @@ def test_more_parts_than_the_prior_knows_is_a_note_not_an_error(
     assert errors.startswith("note: 6 parts were given")
 
 
+# the miniature, with the toy stack in its place: its own weights have tests of their own
+
+
+@pytest.fixture
+def miniature(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pit_core.miniature.models.load_stack", lambda **_options: tiny_stack.stack())
+
+
+@pytest.mark.usefixtures("miniature")
+def test_the_miniature_is_the_default_and_its_record_repeats(run: Run, parts: Path, tmp_path: Path) -> None:
+    code, _, errors = run("sample", "--parts", parts / "wing.png", "--count", 2, "--out", tmp_path)
+    assert (code, errors) == (0, "")
+    record = json.loads((tmp_path / "001-record.json").read_text("utf-8"))
+    assert (record["model"]["name"], record["model"]["hashes"]) == ("miniature", {"tiny": "0"})
+    assert record["settings"]["render"]["steps"] == tiny_stack.QUICK.steps
+    assert run("sample", "--repeat", tmp_path / "001-record.json", "--out", tmp_path)[0] == 0
+    assert np.array_equal(*(_pixels(tmp_path / f"00{i}-concept-02.png") for i in (1, 2)))
+    record["model"]["hashes"] = {"tiny": "1"}
+    (tmp_path / "other.json").write_text(json.dumps(record))
+    _refused(
+        run("sample", "--repeat", tmp_path / "other.json"), "has changed since the run was recorded (tiny)"
+    )
+
+
+@pytest.mark.usefixtures("miniature")
+def test_the_demo_says_first_where_its_pictures_are(run: Run, tmp_path: Path) -> None:
+    code, text, errors = run("demo", "--out", tmp_path / "demo")
+    assert code == 0, errors
+    first = text.splitlines()[0]
+    assert str(tmp_path / "demo") in first
+    assert "001-contact-sheet.png" in first
+    written = _names(tmp_path / "demo")
+    assert "001-contact-sheet.png" in written
+    assert sum(name.endswith("contact-sheet.png") for name in written) >= 2
+    assert {Path(name).suffix for name in written} == {".png", ".safetensors", ".json"}
+    code, text, _ = run("demo", "--out", tmp_path / "demo")  # a second time writes beside the first
+    assert code == 0
+    assert "001-" not in text.splitlines()[0]
+
+
 # bad input: one sentence, exit code 2, nothing written
 
 
@@ -304,6 +344,7 @@ def _bad_model(kind: str, files: StackFiles, folder: Path) -> Path:
         (["--reference", "PART", "PART"], "1 picture or 4"),
         (["--random", "0"], "1 to 1000 random sets"),
         (["--device", "toaster"], "is not available"),
+        (["--device", "meta"], "is not available"),
         (["--size", "33"], "multiples of 4"),
         (["--repeat", "PART"], "either --parts or --repeat"),
         (["--model", "huge"], "no model 'huge'"),
