@@ -203,13 +203,13 @@ class SheetRow:
 def contact_sheet(rows: Sequence[SheetRow], *, cell: int | None = None) -> Image.Image:
     """All rows on one white sheet, RGB: parts on the left, concepts on the right, captions below each.
 
-    Cells are equal squares of `cell` pixels (by default the largest picture's side, between 128 and 256),
+    Cells are equal squares of `cell` pixels (by default the largest picture's side, between 192 and 256),
     pictures keep their shape. Raises PitError for a sheet without pictures.
     """
     tiles = [tile for row in rows for tile in (*row.parts, *row.concepts)]
     if not tiles:
         raise PitError("A contact sheet needs at least one picture.")
-    cell = cell or min(256, max(128, max(max(tile.image.size) for tile in tiles)))
+    cell = cell or min(256, max(192, max(max(tile.image.size) for tile in tiles)))
     parts = min(3, max(len(row.parts) for row in rows))
     concepts = min(4 if len(rows) == 1 else 8, max(len(row.concepts) for row in rows))
     layout = _Layout(cell, parts, concepts)
@@ -220,14 +220,16 @@ def contact_sheet(rows: Sequence[SheetRow], *, cell: int | None = None) -> Image
         if number:
             pen.line([(MARGIN, y + GAP // 2), (layout.width - MARGIN, y + GAP // 2)], fill=LINE)
             y += 2 * GAP
-        _heading(pen, layout, row, y)
+        if not number or row.title:
+            _heading(pen, layout, row, y)
+            y += HEADING
         for tiles_of, left, columns in (
             (row.parts, layout.parts_left, parts),
             (row.concepts, layout.concepts_left, concepts),
         ):
             for index, tile in enumerate(tiles_of):
                 x = left + index % columns * (cell + GAP)
-                _tile(sheet, pen, tile, x, y + HEADING + index // columns * (cell + LABEL + GAP), cell)
+                _tile(sheet, pen, tile, x, y + index // columns * (cell + LABEL + GAP), cell)
         y += layout.row_height(row)
     return sheet
 
@@ -252,10 +254,11 @@ class _Layout:
 
     def row_height(self, row: SheetRow) -> int:
         lines = max(_lines(len(row.parts), self.parts), _lines(len(row.concepts), self.concepts))
-        return HEADING + lines * (self.cell + LABEL + GAP)
+        return lines * (self.cell + LABEL + GAP)
 
     def height(self, rows: Sequence[SheetRow]) -> int:
-        return 2 * MARGIN - GAP + sum(self.row_height(row) for row in rows) + 2 * GAP * (len(rows) - 1)
+        headings = HEADING * (1 + sum(bool(row.title) for row in rows[1:]))
+        return 2 * MARGIN - GAP + headings + sum(map(self.row_height, rows)) + 2 * GAP * (len(rows) - 1)
 
 
 def _lines(count: int, columns: int) -> int:

@@ -322,7 +322,9 @@ def _job(files: JobFiles, pictures: Mapping[Path, Image.Image], as_sketch: bool)
 def _row(stack: Stack, files: JobFiles, job: Job, concepts: Sequence[Concept]) -> SheetRow:
     """What the encoder saw of the parts, then the concepts."""
     squares = prepare_parts(stack, job.parts, job.as_sketch)
-    parts = [Tile(square, path.stem) for square, path in zip(squares, files.parts, strict=True)]
+    parts = [
+        Tile(square, path.stem.replace("_", " ")) for square, path in zip(squares, files.parts, strict=True)
+    ]
     if job.reference:
         parts.append(Tile(reference_grid(job.reference, stack.canvas), "reference"))
     if job.init is not None:

@@ -232,13 +232,13 @@ def test_a_saved_picture_is_the_same_and_carries_its_text(tmp_path: Path) -> Non
 
 def test_a_contact_sheet_shows_every_picture_in_a_cell_of_its_own() -> None:
     colours = [(10 * i, 255 - 10 * i, 128) for i in range(1, 12)]
-    tiles = [Tile(Image.new("RGB", (128, 128), colour), f"seed {i}") for i, colour in enumerate(colours)]
+    tiles = [Tile(Image.new("RGB", (192, 192), colour), f"seed {i}") for i, colour in enumerate(colours)]
     sheet = np.asarray(contact_sheet([SheetRow(tiles[:3], tiles[3:])]))
     for colour in colours:
         rows, columns = np.nonzero((sheet == colour).all(-1))
         # Full squares: no cell covers another.
-        assert len(rows) == 128 * 128
-        assert (np.ptp(rows), np.ptp(columns)) == (127, 127)
+        assert len(rows) == 192 * 192
+        assert (np.ptp(rows), np.ptp(columns)) == (191, 191)
 
 
 def test_a_contact_sheet_takes_any_shape_size_and_caption() -> None:
