@@ -194,7 +194,7 @@ def test_an_interrupted_process_resumes(hub: Hub, tmp_path: Path) -> None:
     while running.poll() is None and not (part.is_file() and part.stat().st_size):
         time.sleep(0.01)
     running.send_signal(signal.SIGINT)
-    assert running.wait(timeout=20) != 0
+    assert running.wait(timeout=60) != 0
     kept = part.stat().st_size
     assert 0 < kept < len(CONTENT)
     hub.seconds_per_block = 0

@@ -40,9 +40,13 @@ def tracked(root: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def archive(root: Path, tracked: list[str]) -> list[str]:
+def ignored(root: Path) -> GitIgnoreSpec:
+    return GitIgnoreSpec.from_lines((root / ".comfyignore").read_text("utf-8").splitlines())
+
+
+@pytest.fixture(scope="module")
+def archive(tracked: list[str], ignored: GitIgnoreSpec) -> list[str]:
     """The files that publishing packs: those under version control less what .comfyignore names."""
-    ignored = GitIgnoreSpec.from_lines((root / ".comfyignore").read_text("utf-8").splitlines())
     return [path for path in tracked if not ignored.match_file(path)]
 
 
@@ -91,6 +95,12 @@ def test_the_archive_holds_the_pack_and_leaves_out_the_workshop(archive: list[st
     top = {PurePosixPath(path).parts[0] for path in archive}
     assert {"__init__.py", "nodes", "pit_core", "js", "pyproject.toml", "requirements.txt", "LICENSE"} <= top
     assert not top & {"tests", "benchmarks", "docs", ".ci", ".github", "Makefile"}
+
+
+def test_leaving_out_the_workshop_does_not_reach_into_the_pack(ignored: GitIgnoreSpec) -> None:
+    """Node help is in a folder named docs, too."""
+    for path in ("js/docs/PiTEncodeParts.md", "pit_core/miniature/tests/x.py", "locales/en/main.json"):
+        assert not ignored.match_file(path)
 
 
 def test_the_archive_is_small(root: Path, archive: list[str]) -> None:
