@@ -21,7 +21,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_SIDE = 16_384  # larger than any camera's picture
 MAX_PIXELS = 89_000_000  # where Pillow begins to warn of decompression bombs
-KEPT_SIDE = 4096  # what is larger is scaled down on reading: no model here sees more than 1024
+KEPT_SIDE = 2048  # what is larger is scaled down on reading: no model here sees more than 1024
 
 # What Pillow raises for damaged files, besides OSError.
 _DAMAGED = (
@@ -47,7 +47,7 @@ def read_picture(path: str | os.PathLike[str]) -> Image.Image:
     transparent somewhere.
 
     Any other mode is converted: palettes, greys, 16 bits, CMYK, and colours of an embedded profile to sRGB.
-    Above 4096 px the picture is scaled down. The format is told by the content, not by the suffix.
+    Above 2048 px the picture is scaled down. The format is told by the content, not by the suffix.
 
     Raises PitError for a file that is missing, a folder, empty, no picture, damaged or cut short, animated,
     or larger than 16384 px a side or 89 megapixels.

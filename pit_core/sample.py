@@ -95,7 +95,7 @@ class Request:
             raise PitError(f"A reference is 1 picture or 4 (a 2x2 grid), but got {len(self.reference)}.")
         for path in [*self.reference, *([self.init] if self.init else [])]:
             existing_file(path)
-        concept_seeds(self.seed, self.count)
+        concept_seeds(self.seed, self.count * (self.random or 1))
 
     def jobs(self, most: int) -> list[JobFiles]:
         """The sets of parts, each with seeds of its own; random sets have up to `most` parts."""

@@ -125,7 +125,7 @@ def test_an_embedded_profile_is_applied(tmp_path: Path) -> None:
         assert np.abs(np.asarray(read_picture(tmp_path / name), int)[3, 3] - RED).max() <= 2
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 4096), (4000, 3)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 2048), (2000, 3)])
 def test_odd_sizes_are_read(tmp_path: Path, size: tuple[int, int]) -> None:
     _plain(size=size).save(tmp_path / "part.png")
     assert read_picture(tmp_path / "part.png").size == size
@@ -133,7 +133,7 @@ def test_odd_sizes_are_read(tmp_path: Path, size: tuple[int, int]) -> None:
 
 def test_large_pictures_are_scaled_down(tmp_path: Path) -> None:
     _plain("L", (8192, 64)).save(tmp_path / "part.png")
-    assert read_picture(tmp_path / "part.png").size == (4096, 32)
+    assert read_picture(tmp_path / "part.png").size == (2048, 16)
 
 
 def test_a_phones_mpo_is_a_still_picture(tmp_path: Path) -> None:
