@@ -58,10 +58,10 @@ def _written(out: Path, folder: Path, only: str | None) -> dict[str, Any]:
         raise PitError(f"There is no stage '{only}' to export; the stages are {', '.join(_WRITERS)}.")
     entries: dict[str, Any] = {}
     for stage in _WRITERS if only is None else (only,):
-        source, write = _WRITERS[stage]
-        newest = latest_checkpoint(out / source)
+        sources, write = _WRITERS[stage]
+        newest = next((found for source in sources if (found := latest_checkpoint(out / source))), None)
         if newest is None and only:
-            raise PitError(f"The stage {source} has no checkpoint under '{out}'; train it first.")
+            raise PitError(f"The stage {sources[-1]} has no checkpoint under '{out}'; train it first.")
         if newest is not None:
             state = json.loads((newest / "state.json").read_text("utf-8"))
             entries |= {name: _entry(folder / name, stage, state) for name in write(out, folder)}
@@ -122,13 +122,13 @@ def _half(model: nn.Module, folder: Path, name: str) -> str:
     return f"{name}.safetensors"
 
 
-# What is exported -> the last of the stages that made it, whose figures count, and its writer.
-_WRITERS: dict[str, tuple[str, Callable[[Path, Path], list[str]]]] = {
-    "vae": ("decoder", _vae),
-    "encoders": ("vision", _encoders),
-    "unet": ("unet", _unet),
-    "adapter": ("adapter", _adapter),
-    "prior": ("prior", _prior),
-    "reader-tuning": ("reader-tuning", partial(_reader, name="tuning")),
-    "reader-judge": ("reader-judge", partial(_reader, name="judge")),
+# What is exported -> the stages whose figures count, the first that was trained; and its writer.
+_WRITERS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], list[str]]]] = {
+    "vae": (("decoder", "vae"), _vae),
+    "encoders": (("vision",), _encoders),
+    "unet": (("unet",), _unet),
+    "adapter": (("adapter",), _adapter),
+    "prior": (("prior",), _prior),
+    "reader-tuning": (("reader-tuning",), partial(_reader, name="tuning")),
+    "reader-judge": (("reader-judge",), partial(_reader, name="judge")),
 }
