@@ -38,7 +38,7 @@ def everything(out: Path) -> list[PictureSet]:
 
 
 def base_pictures(out: Path) -> Pictures:
-    """What the UNet and its adapter learn on: half of the whole pictures, because each must be encoded first."""
+    """What the UNet and its adapter learn on: half of the whole pictures, as encoding them takes long."""
     whole = _whole_pictures(out)
     return Pictures(whole.sets, rows=whole.rows[::2])
 
