@@ -1,0 +1,59 @@
+"""All tests of this folder once more, in ComfyUI itself; and what the host says of the pack."""
+
+import json
+from pathlib import Path
+
+import pytest
+import real_host
+
+HERE = Path(__file__).resolve().parent
+
+pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(1300)]
+
+
+def test_the_node_tests_pass_in_comfyui() -> None:
+    if real_host.run("-c", "import pytest", timeout=120).returncode:
+        pytest.skip("the host's interpreter has no pytest; install it there")
+    options = [
+        "-q",
+        "--import-mode=importlib",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        str(real_host.ROOT / "pyproject.toml"),
+    ]
+    done = real_host.run("-m", "pytest", *options, "--rootdir", str(real_host.ROOT), str(HERE), timeout=1200)
+    print(done.stdout[-2000:])  # noqa: T201
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_the_pack_adds_little_to_the_start(tmp_path: Path) -> None:
+    """At most 0.15 s of processor time, without diffusers; what the host has imported itself is not ours."""
+    script = """
+import json, sys, time
+root, tests = sys.argv[1:3]
+sys.path[:0] = [tests, tests + "/..", "."]
+sys.argv = ["main.py", "--cpu"]
+import comfy.options
+comfy.options.enable_args_parsing()
+import nodes
+import comfy.sample, comfy.clip_vision, comfy_api.latest, comfy.supported_models
+from PIL import Image, ImageDraw, ImageFilter
+import numpy, yaml
+before = set(sys.modules)
+start = time.process_time()
+import benches
+between = time.process_time()
+pack = benches.load_pack()
+print(json.dumps({
+    "seconds": time.process_time() - between,
+    "nodes": len(pack.NODE_CLASS_MAPPINGS),
+    "heavy": sorted({"diffusers", "transformers", "accelerate", "matplotlib"} & (set(sys.modules) - before)),
+}))
+"""
+    done = real_host.run("-c", script, str(real_host.ROOT), str(HERE), timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)  # noqa: T201
+    assert found["nodes"] == 12 and found["heavy"] == []
+    assert found["seconds"] <= 0.15
