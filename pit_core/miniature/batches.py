@@ -148,5 +148,5 @@ class Concepts:
         start, count = int(self.targets[item[1]]), int(self.parts[item[1]])
         kept = 0 if rng.random() < 0.1 else int(rng.integers(1, min(self.slots, count) + 1))
         rows = start + 1 + rng.permutation(count)[:kept]
-        given = [torch.from_numpy(self.tokens[row]).float() for row in rows]
-        return torch.cat([*given, *([self.white] * (self.slots - kept))])
+        given = torch.from_numpy(self.tokens[rows]).float().flatten(0, 1)
+        return torch.cat([given, self.white.repeat(self.slots - kept, 1)])

@@ -10,7 +10,7 @@ from ..errors import PitError
 from ..files import write_text_atomic
 from ..train.loop import LoopConfig
 
-LEAST_PICTURES, LEAST_STEPS = 4, 2
+LEAST_PICTURES, LEAST_STEPS = 6, 2
 
 
 def set_scale(out: Path, scale: float) -> None:

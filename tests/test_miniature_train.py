@@ -1,0 +1,261 @@
+"""The miniature's training, from pictures to shipped files, in small: few pictures, two steps a stage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pit_core.concepts import make_concepts
+from pit_core.errors import PitError
+from pit_core.files import load_tensors, sha256_of
+from pit_core.miniature import models, train, trained
+from pit_core.miniature.batches import to_pixels
+from pit_core.miniature.critters import render_part
+from pit_core.miniature.data import concept_critter
+from pit_core.miniature.export import LIMIT, export
+from pit_core.miniature.recipes import RECIPES
+from pit_core.miniature.scale import scaled_config, set_scale
+from pit_core.miniature.sets import base_pictures, pictures
+from pit_core.train.loop import Result, latest_checkpoint
+
+SCALE = 0.0002
+
+pytestmark = pytest.mark.timeout(300)  # the first test waits for all stages
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[str, Result]]]:
+    """A folder in which every stage was trained, and what `main` said of it."""
+    out = tmp_path_factory.mktemp("miniature")
+    return out, train.main(None, out, scale=SCALE)
+
+
+@pytest.fixture(scope="module")
+def out(chain: tuple[Path, list[tuple[str, Result]]]) -> Path:
+    return chain[0]
+
+
+@pytest.fixture(scope="module")
+def weights(out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    export(out, folder)
+    return folder
+
+
+def _fresh(out: Path, folder: Path) -> Path:
+    """A folder with the same pictures and scale, but nothing trained."""
+    shutil.copytree(out / "pictures", folder / "pictures")
+    shutil.copy(out / "scale.json", folder)
+    return folder
+
+
+# training
+
+
+def test_all_stages_run_in_order_to_their_end(chain: tuple[Path, list[tuple[str, Result]]]) -> None:
+    out, results = chain
+    assert [name for name, _ in results] == list(train.STAGES) == list(RECIPES)
+    assert all(result.finished and result.step == 2 for _, result in results)
+    for name in train.STAGES:
+        assert latest_checkpoint(out / name) == out / name / "checkpoints" / "step-00000002"
+
+
+def test_figures_are_kept_beside_the_checkpoints(out: Path) -> None:
+    def metrics(stage: str) -> dict[str, float]:
+        newest = latest_checkpoint(out / stage)
+        assert newest is not None
+        return json.loads((newest / "state.json").read_text())["metrics"]
+
+    assert {"db"} <= metrics("vae").keys() and {"db"} <= metrics("decoder").keys()
+    assert {"whole_state", "whole_colour"} <= metrics("vision").keys()
+    assert {"clean_state", "damaged_state", "damaged_colour"} <= metrics("reader-judge").keys()
+
+
+def test_an_interrupted_stage_goes_on_to_the_same_weights(out: Path, tmp_path: Path) -> None:
+    again = _fresh(out, tmp_path)
+    [(_, first)] = train.main("vae", again, minutes=0)
+    assert not first.finished and first.step == 1
+    [(_, second)] = train.main("vae", again)
+    assert second.finished and second.step == 2
+    whole, parts = (
+        load_tensors(folder / "vae/checkpoints/step-00000002/ema.safetensors")[0] for folder in (out, again)
+    )
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+def test_a_stage_out_of_time_is_the_last(out: Path, tmp_path: Path) -> None:
+    results = train.main(None, _fresh(out, tmp_path), minutes=0)
+    assert [(name, result.finished) for name, result in results] == [("encoders", False)]
+
+
+def test_a_finished_stage_is_not_trained_again(out: Path) -> None:
+    before = sha256_of(out / "vae/checkpoints/step-00000002/ema.safetensors")
+    [(_, result)] = train.main("vae", out)
+    assert result.finished and result.step == 2
+    assert sha256_of(out / "vae/checkpoints/step-00000002/ema.safetensors") == before
+
+
+def test_an_unknown_stage_is_told_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(PitError, match="no stage 'unnet'; the stages are encoders, vision, vae"):
+        train.main("unnet", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_before_its_turn_is_told_in_a_sentence(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(PitError, match="no checkpoint was found under .*encoders"):
+        train.main("unet", _fresh(out, tmp_path))
+
+
+# scale
+
+
+def test_a_folder_keeps_its_scale(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(PitError, match="was begun at scale 0.0002"):
+        train.main("vae", out, scale=1.0)
+    set_scale(out, SCALE)
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(PitError, match="was begun at scale 1;"):
+        set_scale(tmp_path, 0.5)
+    for wrong in (0, -1, 1.5, float("nan")):
+        with pytest.raises(PitError, match="a scale above 0 and up to 1"):
+            set_scale(tmp_path / "new", wrong)
+
+
+def test_without_a_scale_recipes_are_as_written(tmp_path: Path) -> None:
+    for recipe in RECIPES.values():
+        assert scaled_config(tmp_path, recipe, 3) == recipe
+
+
+def test_with_a_scale_batches_are_no_larger_than_the_set(tmp_path: Path) -> None:
+    set_scale(tmp_path, 0.01)
+    recipe = RECIPES["prior"]
+    config = scaled_config(tmp_path, recipe, 20)
+    assert (config.steps, config.batch_size) == (recipe.steps // 100, 20)
+    kept = asdict(recipe) | {"steps": config.steps, "batch_size": 20}
+    assert asdict(config) == kept
+
+
+# what trained stages are read back as
+
+
+def test_latents_are_standard_and_measured_anew_for_another_encoder(out: Path, tmp_path: Path) -> None:
+    pixels = to_pixels(pictures(out, "world").pixels[:])
+    vae = trained.trained_vae(out)
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mode() * models.SDXL_LATENT_SCALE
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 1e-2
+    assert (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-2
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    average = again / "vae/checkpoints/step-00000002/ema.safetensors"
+    average.write_bytes((again / "vae/checkpoints/step-00000002/model.safetensors").read_bytes())
+    trained.trained_vae(again)
+    _, measured = load_tensors(again / "vae/latents.safetensors")
+    assert measured["of"] == trained.weights_of(again, "vae") != trained.weights_of(out, "vae")
+
+
+def test_cached_latents_and_features_are_those_of_the_trained_models(out: Path) -> None:
+    image, _ = trained.trained_encoders(out)
+    rows = base_pictures(out).rows
+    pixels = base_pictures(out).fetch([(0, 0), (0, len(rows) - 1)])["pixels"]
+    chosen = rows[[0, -1]]
+    features = np.load(out / "cache/features.npy")[chosen]
+    with torch.no_grad():
+        expected = models.image_features(image, pixels)
+        latents = trained.trained_vae(out).encode(pixels).latent_dist.mode() * models.SDXL_LATENT_SCALE
+    assert np.abs(features - expected.numpy()).max() < 2e-2
+    assert np.abs(np.load(out / "cache/latents.npy")[chosen] - latents.numpy()).max() < 0.3  # bf16
+
+
+def test_another_models_checkpoint_is_refused(out: Path) -> None:
+    with pytest.raises(PitError, match="the stage reader-judge .* does not have the expected tensors"):
+        trained.load_stage(trained.ReaderObjective(models.build_reader("tuning")), out, "reader-judge")
+
+
+# export
+
+
+def test_export_writes_all_files_and_their_manifest(weights: Path) -> None:
+    manifest = models.read_manifest(weights)
+    assert set(models.STACK_FILES) < set(manifest["files"])
+    assert {"reader_judge.safetensors", "reader_tuning.safetensors"} < set(manifest["files"])
+    written = {str(path.relative_to(weights).as_posix()) for path in weights.rglob("*") if path.is_file()}
+    assert written == {*manifest["files"], "manifest.json"}
+    for name, entry in manifest["files"].items():
+        assert entry["sha256"] == sha256_of(weights / name)
+        assert entry["bytes"] == (weights / name).stat().st_size
+        assert entry["steps"] == 2 and isinstance(entry["seed"], int) and entry["figures"]
+    assert manifest["bytes"] == sum(entry["bytes"] for entry in manifest["files"].values()) < LIMIT
+
+
+def test_all_exported_weights_are_fp16(weights: Path) -> None:
+    for path in weights.rglob("*.safetensors"):
+        tensors, _ = load_tensors(path)
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}, path.name
+
+
+def test_weights_over_the_limit_are_refused_and_nothing_changes(
+    out: Path, weights: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(PitError, match="MB, but at most 0.5 MB may ship"):
+        export(out, tmp_path, only="vae", limit=2**19)
+    assert not list(tmp_path.iterdir())
+    before = {path: path.read_bytes() for path in weights.rglob("*") if path.is_file()}
+    with pytest.raises(PitError, match="may ship"):
+        export(out, weights, only="vae", limit=2**20)
+    assert {path: path.read_bytes() for path in weights.rglob("*") if path.is_file()} == before
+
+
+def test_one_stage_is_exported_beside_the_others(out: Path, tmp_path: Path) -> None:
+    export(out, tmp_path, only="reader-judge")
+    assert set(models.read_manifest(tmp_path)["files"]) == {"reader_judge.safetensors"}
+    both = export(out, tmp_path, only="prior")
+    assert set(both["files"]) == {"reader_judge.safetensors", "ip_prior.safetensors"}
+    with pytest.raises(PitError, match="no stage 'decoder' to export"):
+        export(out, tmp_path, only="decoder")
+
+
+def test_only_finished_stages_are_exported(out: Path, tmp_path: Path) -> None:
+    little = tmp_path / "little"
+    shutil.copytree(out / "reader-judge", little / "reader-judge")
+    assert set(export(little, tmp_path / "weights")["files"]) == {"reader_judge.safetensors"}
+    with pytest.raises(PitError, match="The stage unet has no checkpoint"):
+        export(little, tmp_path / "weights", only="unet")
+
+
+# use
+
+
+def test_the_exported_stack_draws_concepts(weights: Path) -> None:
+    stack = models.load_stack(weights)
+    assert stack.name == "miniature" and stack.hashes["ip_prior.safetensors"]
+    part = render_part(concept_critter(1, 1), "body")
+    concepts = make_concepts(stack, [part], count=2, seed=3, steps=2, prior_steps=2)
+    assert [concept.image.size for concept in concepts] == [(128, 128)] * 2
+    again = make_concepts(stack, [part], count=1, seed=4, steps=2, prior_steps=2)
+    assert np.abs(np.asarray(again[0].image).astype(int) - np.asarray(concepts[1].image)).max() <= 1
+
+
+def test_the_exported_stack_is_the_trained_one(out: Path, weights: Path) -> None:
+    stack = models.load_stack(weights)
+    picture = render_part(concept_critter(1, 1), "body")
+    image, _ = trained.trained_encoders(out)
+    adapter = trained.trained_adapter(out)
+    with torch.no_grad():
+        expected = adapter(models.image_features(image, to_pixels(np.asarray(picture)[None])))
+    assert (stack.encode([picture]) - expected).abs().max() < 2e-2
+
+
+def test_an_exported_file_that_was_changed_is_not_loaded(weights: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "weights"
+    shutil.copytree(weights, broken)
+    with (broken / "ip_prior.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(PitError, match="'ip_prior.safetensors' is damaged; install"):
+        models.load_stack(broken)
