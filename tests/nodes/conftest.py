@@ -14,6 +14,17 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import benches  # noqa: E402
 
 HOST = os.environ.get("PIT_TESTS_ON_HOST")
+# Those start a host of their own.
+collect_ignore = (
+    [
+        "test_end_to_end.py",
+        "test_miniature_in_comfyui.py",
+        "test_on_the_real_host.py",
+        "test_parity_with_diffusers.py",
+    ]
+    if HOST
+    else []
+)
 
 
 @pytest.fixture(scope="session")

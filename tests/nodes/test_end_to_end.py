@@ -1,0 +1,226 @@
+"""A running ComfyUI server with the pack installed: graphs go in by POST /prompt, files come out."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import real_host
+import torch
+
+pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(900)]
+
+WEIGHTS = real_host.ROOT / "pit_core/miniature/weights"
+
+
+class Server:
+    def __init__(self, folder: Path) -> None:
+        comfyui, python = real_host.find()
+        self.folder = folder
+        for name in ("custom_nodes", "input", "output/ip_tokens", "models/ipadapter", "models/ip_prior"):
+            (folder / name).mkdir(parents=True)
+        (folder / "custom_nodes" / "piece-it-together").symlink_to(real_host.ROOT, target_is_directory=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        options = ["--cpu", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(folder)]
+        options += ["--disable-api-nodes", "--disable-auto-launch", "--database-url", "sqlite:///:memory:"]
+        self.log = (folder / "server.log").open("w")
+        self.process = subprocess.Popen(
+            [str(python), "main.py", *options],
+            cwd=comfyui,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def wait(self, seconds: int = 300) -> None:
+        for _ in range(seconds):
+            assert self.process.poll() is None, (self.folder / "server.log").read_text()[-4000:]
+            try:
+                self.get("/system_stats")
+                return
+            except urllib.error.URLError:
+                time.sleep(1)
+        raise AssertionError("the server did not start: " + (self.folder / "server.log").read_text()[-4000:])
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.address + path, timeout=30) as answer:
+            return json.load(answer)
+
+    def run(self, graph: dict[str, Any], seconds: int = 300) -> dict[str, Any]:
+        """The history entry of a graph, finished or failed."""
+        data = json.dumps({"prompt": graph}).encode()
+        try:
+            with urllib.request.urlopen(self.address + "/prompt", data, timeout=30) as answer:
+                number = json.load(answer)["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from error
+        for _ in range(2 * seconds):
+            found = self.get(f"/history/{number}")
+            if number in found and found[number]["status"]["status_str"] in ("success", "error"):
+                return found[number]
+            time.sleep(0.5)
+        raise AssertionError("the graph did not finish")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(tmp_path_factory.mktemp("base"))
+    try:
+        made.wait()
+        yield made
+    finally:
+        made.stop()
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def error_of(entry: dict[str, Any]) -> str:
+    assert entry["status"]["status_str"] == "error", entry
+    return next(
+        data["exception_message"] for kind, data in entry["status"]["messages"] if kind == "execution_error"
+    )
+
+
+def test_the_nodes_are_listed(server: Server) -> None:
+    ours = {name: info for name, info in server.get("/object_info").items() if name.startswith("PiT")}
+    assert len(ours) == 12
+    assert {info["category"] for info in ours.values()} == {"Piece it Together"}
+
+
+def test_tokens_are_combined_saved_and_shown(server: Server) -> None:
+    from pit_core.ip_adapter.tokens import IPTokens, load_ip_tokens, save_ip_tokens
+
+    for seed in (1, 2):
+        made = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(seed))
+        save_ip_tokens(server.folder / f"output/ip_tokens/in_{seed}.safetensors", IPTokens(made, 4))
+    graph = {
+        "1": node("PiTLoadTokens", file="in_1.safetensors"),
+        "2": node("PiTLoadTokens", file="in_2.safetensors"),
+        "3": node(
+            "PiTCombineTokens",
+            operation="concat",
+            amount=0.5,
+            **{"tokens.tokens0": ["1", 0], "tokens.tokens1": ["2", 0]},
+        ),
+        "4": node("PiTSaveTokens", tokens=["3", 0], filename_prefix="both"),
+        "5": node("PiTPreviewTokens", tokens=["3", 0]),
+    }
+    entry = server.run(graph)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    assert load_ip_tokens(server.folder / "output/ip_tokens/both_00001_.safetensors").tokens.shape == (
+        1,
+        8,
+        32,
+    )
+    assert entry["outputs"]["5"]["images"]
+
+
+def test_a_bad_file_is_one_sentence_and_the_next_run_is_fine(server: Server) -> None:
+    from pit_core.ip_adapter.tokens import IPTokens, save_ip_tokens
+
+    bad = server.folder / "models/ipadapter/bad.safetensors"
+    bad.write_bytes(b"<!doctype html><html></html>")
+    graph = {
+        "1": node("PiTLoadIPAdapter", file="bad.safetensors"),
+        "2": node("PreviewAny", source=["1", 1]),
+    }
+    assert "is a web page, not weights" in error_of(server.run(graph))
+    path = server.folder / "output/ip_tokens/next.safetensors"
+    save_ip_tokens(path, IPTokens(torch.rand(1, 4, 32), 4))
+    graph = {"1": node("PiTLoadTokens", file=path.name), "2": node("PiTPreviewTokens", tokens=["1", 0])}
+    assert server.run(graph)["status"]["status_str"] == "success"
+
+
+def test_the_main_job_in_the_miniature(server: Server) -> None:
+    """Parts as files in, pictures of concepts out."""
+    needed = [
+        "unet/diffusion_pytorch_model.safetensors",
+        "ip_adapter_plus.safetensors",
+        "ip_prior.safetensors",
+    ]
+    if missing := [name for name in needed if not (WEIGHTS / name).is_file()]:
+        pytest.skip(f"the miniature has not been trained here: {missing[0]} is missing")
+    parts = sorted((real_host.ROOT / "pit_core/miniature/parts").rglob("*.png"))[:2]
+    for number, part in enumerate(parts):
+        (server.folder / f"input/part{number}.png").write_bytes(part.read_bytes())
+    miniature = "miniature (ships with this pack)"
+    graph = {
+        "1": node("PiTMiniatureSDXL"),
+        "2": node("PiTLoadIPAdapter", file=miniature),
+        "3": node("PiTLoadPrior", file=miniature),
+        "4": node("LoadImage", image="part0.png"),
+        "5": node("LoadImage", image="part1.png"),
+        "6": node(
+            "PiTEncodeParts",
+            ip_adapter=["2", 0],
+            clip_vision=["1", 3],
+            as_sketch=False,
+            **{"parts.part0": ["4", 0], "parts.part1": ["5", 0]},
+        ),
+        "7": node(
+            "PiTSamplePrior",
+            prior=["3", 0],
+            parts=["6", 0],
+            count=2,
+            steps=5,
+            guidance=2.0,
+            solver="euler",
+            seed=7,
+            strength=1.0,
+        ),
+        "8": node(
+            "PiTApplyTokens",
+            model=["1", 0],
+            ip_adapter=["2", 0],
+            tokens=["7", 0],
+            weight=1.0,
+            start_at=0.0,
+            end_at=1.0,
+            schedule="even",
+            layer_map="",
+            composition_weight=1.0,
+            embeds_scaling="V only",
+            uncond="null or negative",
+            rows="pictures",
+        ),
+        "9": node("CLIPTextEncode", clip=["1", 1], text="a critter"),
+        "10": node("CLIPTextEncode", clip=["1", 1], text=""),
+        "11": node("EmptyLatentImage", width=128, height=128, batch_size=2),
+        "12": node(
+            "KSampler",
+            model=["8", 0],
+            positive=["9", 0],
+            negative=["10", 0],
+            latent_image=["11", 0],
+            seed=7,
+            steps=8,
+            cfg=3.0,
+            sampler_name="euler",
+            scheduler="normal",
+            denoise=1.0,
+        ),
+        "13": node("VAEDecode", samples=["12", 0], vae=["1", 2]),
+        "14": node("SaveImage", images=["13", 0], filename_prefix="concept"),
+    }
+    entry = server.run(graph)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    assert len(list((server.folder / "output").glob("concept_*.png"))) == 2
