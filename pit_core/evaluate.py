@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from .concepts import Job, PriorSettings, Stack, picture_seed, prepare_parts, sample_jobs
+from .errors import PitError
 from .files import write_text_atomic
 from .miniature import critters, reader
 from .miniature.batches import to_pixels
@@ -25,6 +26,7 @@ from .miniature.data import Picture, concept_critter, part_view
 from .pictures import SheetRow, Tile, contact_sheet, save_png
 
 EVALUATION = 9_000  # added to the user's seed, away from the training sets' seeds
+MOST = 10_000  # cases; two seeds' noises never overlap
 PART_SIZE = 256
 
 
@@ -51,19 +53,29 @@ class ConceptCase:
 
 
 def concept_cases(count: int, seed: int) -> list[ConceptCase]:
-    """Critters of held-out combinations, each with one to three given parts (uniform), in random order."""
-    cases = []
-    for index in range(count):
-        critter = concept_critter(EVALUATION + seed, index, held_out=True)
-        rng = np.random.default_rng([EVALUATION + seed, index, 3])
-        kinds = list(critter.parts())
-        given = tuple(
-            str(k) for k in rng.choice(kinds, size=min(int(rng.integers(1, 4)), len(kinds)), replace=False)
-        )
-        views = [part_view(critter, kind, rng) for kind in given]
-        parts = tuple(critters.cut_out_part(view.critter, view.view, PART_SIZE) for view in views)
-        cases.append(ConceptCase(critter, given, parts))
-    return cases
+    """Critters of held-out combinations, each with one to three given parts (uniform), in random order.
+
+    Raises PitError for a count or a seed out of range.
+    """
+    _check_whole("count", count, 1, MOST)
+    _check_whole("seed", seed, 0, 2**32)
+    return [_concept_case(EVALUATION + seed, index) for index in range(count)]
+
+
+def _check_whole(name: str, value: int, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise PitError(f"Expected the {name} as a whole number from {least} to {most}, got {value!r}.")
+
+
+def _concept_case(seed: int, index: int) -> ConceptCase:
+    critter = concept_critter(seed, index, held_out=True)
+    rng = np.random.default_rng([seed, index, 3])
+    kinds = list(critter.parts())
+    number = min(int(rng.integers(1, 4)), len(kinds))
+    given = tuple(str(kind) for kind in rng.choice(kinds, size=number, replace=False))
+    views = [part_view(critter, kind, rng) for kind in given]
+    parts = tuple(critters.cut_out_part(view.critter, view.view, PART_SIZE) for view in views)
+    return ConceptCase(critter, given, parts)
 
 
 def concepts(
@@ -79,12 +91,14 @@ def concepts(
     """Parts kept and valid creatures: IP-Prior against averaging and concatenating the parts' tokens.
 
     The ceiling decodes the true concept's own tokens. All methods use the same noise per case. With ``out`` a
-    table (concepts.json, concepts.txt) and a picture grid (concepts.png) are written.
+    table (concepts.json, concepts.txt) and a picture grid (concepts.png) are written. Raises PitError for a
+    count or a seed out of range.
     """
     cases = concept_cases(count, seed)
-    seeds = [10_000 * seed + index for index in range(count)]
+    seeds = [MOST * seed + index for index in range(count)]
     rows, grids = [], []
-    for method, tokens in _methods(stack, cases, seeds, prior or PriorSettings(), progress):
+    progress("sampling the prior")
+    for method, tokens in _methods(stack, cases, seeds, prior or PriorSettings()):
         progress(f"drawing {count} pictures: {method}")
         images = _drawn(stack, tokens, [picture_seed(s) for s in seeds])
         rows.append(_row(method, judge, images, cases))
@@ -99,9 +113,8 @@ def _methods(
     cases: Sequence[ConceptCase],
     seeds: Sequence[int],
     settings: PriorSettings,
-    progress: Callable[[str], None],
 ) -> list[tuple[str, list[Tensor]]]:
-    progress("sampling the prior")
+    """Each method's name and its tokens (T, D) for every case."""
     jobs = [Job(case.parts, [seed]) for case, seed in zip(cases, seeds, strict=True)]
     sampled = torch.cat(sample_jobs(stack, jobs, settings))
     given = [stack.encode(prepare_parts(stack, case.parts)) for case in cases]
@@ -138,13 +151,13 @@ def _row(
     kept, valid = readings.kept(whole, given), readings.valid()
     shape, colour = readings.matches(whole, given)
     return Row(
-        method,
-        float(kept.mean()),
-        _margin(kept),
-        float(valid.mean()),
-        _margin(valid),
-        float(shape.mean()),
-        float(colour.mean()),
+        method=method,
+        kept=float(kept.mean()),
+        kept_margin=_margin(kept),
+        valid=float(valid.mean()),
+        valid_margin=_margin(valid),
+        shape_kept=float(shape.mean()),
+        colour_kept=float(colour.mean()),
     )
 
 
@@ -173,9 +186,10 @@ def _write(
     seed: int,
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    record = {"count": count, "seed": seed, "rows": [asdict(row) for row in rows]}
+    given = sum(len(case.given) for case in cases)
+    record = {"count": count, "given_parts": given, "seed": seed, "rows": [asdict(row) for row in rows]}
     write_text_atomic(out / "concepts.json", json.dumps(record, indent=1) + "\n")
-    heading = f"{count} held-out critters, 1 to 3 given parts, seed {seed}"
+    heading = f"{count} held-out critters, 1 to 3 given parts ({given} in all), seed {seed}"
     write_text_atomic(out / "concepts.txt", f"{heading}\n{table(rows)}\n")
     save_png(_grid(rows, grids, cases), out / "concepts.png")
 
