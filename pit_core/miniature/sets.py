@@ -79,15 +79,15 @@ def _draw_concepts(index: int) -> list[Drawn]:
 
 
 def _draw_reader(index: int) -> list[Drawn]:
-    return [_reader_picture(np.random.default_rng([READER, index]), None)]
+    return [reader_picture(np.random.default_rng([READER, index]), None)]
 
 
 def _draw_reader_check(index: int) -> list[Drawn]:
     """Held-out combinations: clean pictures at even places, damaged ones at odd places."""
-    return [_reader_picture(np.random.default_rng([READER_CHECK, index]), True, damaged=index % 2 == 1)]
+    return [reader_picture(np.random.default_rng([READER_CHECK, index]), True, damaged=index % 2 == 1)]
 
 
-def _reader_picture(rng: np.random.Generator, held_out: bool | None, damaged: bool | None = None) -> Drawn:
+def reader_picture(rng: np.random.Generator, held_out: bool | None, damaged: bool | None = None) -> Drawn:
     """A critter, clean or damaged; ``damaged`` None leaves it to chance."""
     styles = STYLES if rng.random() < 0.25 else ("flat",)
     scenes = SCENES if rng.random() < 0.3 else ("plain",)
