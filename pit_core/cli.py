@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from functools import wraps
 from pathlib import Path
@@ -101,13 +102,20 @@ def plain_errors(command: Command) -> Command:
             named = f"'{error.filename}': " if error.filename else ""
             raise _failed(f"{named}{error.strerror or error}.") from None
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            if not _is_memory_full(error):
                 raise
             raise _failed(
                 "The memory is full; try --batch 1, --dtype float16, or a smaller --size."
             ) from None
 
     return wrapped  # type: ignore[return-value]
+
+
+def _is_memory_full(error: Exception) -> bool:
+    """On the CPU torch says so in words alone, which differ between systems."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return "DefaultCPUAllocator" in str(error)
 
 
 def _failed(sentence: str) -> typer.Exit:
@@ -163,6 +171,7 @@ PRIOR = "IP-Prior: prior.ckpt with cfg.yaml, or a safetensors file."
 @app.command()
 @plain_errors
 def sample(
+    context: typer.Context,
     parts: Annotated[
         Paths, typer.Option(help="Part pictures, in order; with --random also folders.", show_default=False)
     ] = [],  # noqa: B006 - typer reads it, nobody changes it
@@ -228,8 +237,7 @@ def sample(
     from . import sample as run
 
     if repeat is not None:
-        if parts:
-            raise PitError("Give either --parts or --repeat: the record names its own parts.")
+        _refuse_all_but(context, ("repeat", "out", "device"))
         _tell(_repeat(repeat, out, device))
         return
     each = count if count is not None else 8 if random is None else 1
@@ -297,9 +305,23 @@ def _repeat(record: Path, out: Path, device: str) -> Output:
 
     found = run.repeat_of(record)
     folder = run.RunFolder(out)
-    stack = _load(found.model)
+    model = found.model if device == "auto" else replace(found.model, device=device)
+    if found.note:
+        typer.echo(f"note: {found.note}", err=True)
+    stack = _load(model)
     run.check_same_weights(stack, found.hashes)
-    return _run(stack, found.jobs, found.settings, folder, found.model)
+    return _run(stack, found.jobs, found.settings, folder, model)
+
+
+def _refuse_all_but(context: typer.Context, allowed: Sequence[str]) -> None:
+    """A record names everything, so an option that changed something would be silently ignored."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name not in allowed and source is not None and source.name == "COMMANDLINE":
+            raise PitError(
+                "--repeat takes parts and settings from the record alone, with --out and --device at most; "
+                f"leave out {parameter.opts[0]}."
+            )
 
 
 def _run(stack: Stack, jobs: Sequence[Any], settings: Settings, folder: Any, model: Model) -> Output:

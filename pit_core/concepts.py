@@ -6,6 +6,8 @@ encode parts -> assemble slots -> sample the IP-Prior -> render the tokens.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -107,7 +109,18 @@ def load_stack(
     encoder = load_image_encoder(files.image_encoder, dtype=dtype, device=device)
     check_encoder(adapter, encoder.hidden_width, encoder.projection_dim)
     renderer = load_renderer(files.sdxl, adapter, config=files.sdxl_config, device=device, dtype=dtype)
-    return Stack(encoder, adapter, prior, info, renderer, name="files")
+    hashes = {
+        "image_encoder": encoder.content_hash,
+        "ip_adapter": adapter.content_hash,
+        "prior": _prior_hash(info),
+    }
+    return Stack(encoder, adapter, prior, info, renderer, name="files", hashes=hashes)
+
+
+def _prior_hash(info: PriorInfo) -> str:
+    """Weights and settings: a released prior has the latter in a file of its own."""
+    settings = json.dumps(info.settings(), sort_keys=True)
+    return hashlib.sha256(f"{info.content_hash} {settings}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -306,7 +306,10 @@ def _readable(size: int | None) -> str:
 
 def _require_space(folder: Path, missing: list[_File]) -> None:
     needed = sum(file.size or 0 for file in missing) - _already_here(missing)
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    places = (folder.absolute(), *folder.absolute().parents)
+    there = next((place for place in places if place.exists()), None)
+    if there is None:  # a drive that is not there
+        raise PitError(f"'{folder}' cannot be written to; choose another folder with --into.")
     free = shutil.disk_usage(there).free
     if needed > free:
         raise PitError(

@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import __version__
 from .errors import PitError
 from .files import existing_file, sha256_of, write_text_atomic
@@ -23,7 +25,7 @@ from .pictures import picture_files
 
 FORMAT = "piece-it-together run"
 VERSION = 1
-MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".bin")
+MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".bin", ".ckpt", ".pt", ".pth", ".yaml")
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "pillow", "numpy")
 
 
@@ -131,10 +133,9 @@ class RunFolder:
 
 def _check_writable(folder: Path) -> None:
     """Before the work rather than after it: the folder, or the nearest one above it that exists."""
-    nearest = folder.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+    places = (folder.absolute(), *folder.absolute().parents)
+    nearest = next((place for place in places if place.exists()), None)  # none on a drive that is not there
+    if nearest is None or not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise PitError(f"'{folder}' cannot be written to; choose another folder with --out.")
 
 
@@ -227,14 +228,25 @@ def recorded_file(entry: Any, record: Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that decide a run's numbers."""
+    """What decides a run's last bits: Python, packages, and how the processor adds numbers up."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
+    found |= {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": str(torch.get_num_threads())}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def version_note(recorded: Mapping[str, str]) -> str | None:
+    """A sentence for the user where a run is repeated with other versions than it was made with."""
+    now = versions()
+    names = [name for name in ("cpu", "threads", *PACKAGES) if recorded.get(name, now[name]) != now[name]]
+    if not names:
+        return None
+    was, this = (", ".join(f"{name} {of[name]}" for name in names) for of in (recorded, now))
+    return f"The run was recorded with {was}, but this is {this}; the pictures may differ slightly."
 
 
 def _portable(path: Path, base: Path) -> str:

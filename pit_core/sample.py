@@ -41,6 +41,7 @@ from .runs import (
     random_sets,
     read_record,
     recorded_file,
+    version_note,
     write_record,
 )
 
@@ -235,6 +236,7 @@ class Repeat:
     settings: Settings
     model: Model
     hashes: Mapping[str, str]
+    note: str | None = None
 
 
 def repeat_of(path: str | Path) -> Repeat:
@@ -258,18 +260,19 @@ def repeat_of(path: str | Path) -> Repeat:
         raise PitError(
             f"'{path.name}' names the dtype '{named.dtype}', which is none of {', '.join(DTYPES)}."
         )
-    return Repeat(jobs, Settings.from_record(record.settings), named, hashes)
+    settings = Settings.from_record(record.settings)
+    return Repeat(jobs, settings, named, hashes, version_note(record.versions))
 
 
 def check_same_weights(stack: Stack, hashes: Mapping[str, str]) -> None:
-    """Raise PitError when a stack that is known by name is no longer the recorded one."""
+    """Raise PitError when a stack is no longer the recorded one: its weights, or the prior's settings."""
     changed = sorted(
         name for name in {**stack.hashes, **hashes} if stack.hashes.get(name) != hashes.get(name)
     )
     if changed:
         raise PitError(
             f"The model '{stack.name}' has changed since the run was recorded ({changed[0]}); "
-            "install the release that the record names to repeat it."
+            "put the former release or files back to repeat it."
         )
 
 

@@ -1,6 +1,7 @@
 """The `pit` command, as a user meets it: exit codes, sentences, files."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,6 +142,43 @@ def test_a_record_is_not_repeated_with_other_files(
     assert code == 2
     assert "There is no file" in errors
     assert _names(out) == written
+
+
+def test_a_record_is_not_repeated_with_other_settings_of_the_prior(
+    run: Run, files: StackFiles, models: list, parts: Path, tmp_path: Path
+) -> None:
+    """They are in a file of their own beside the weights."""
+    prior = tmp_path / "prior" / "prior.ckpt"
+    shutil.copytree(files.prior.parent, prior.parent)
+    given = [prior if word == files.prior else word for word in models]
+    assert run("sample", "--parts", parts / "wing.png", "--count", 1, "--out", tmp_path, *given)[0] == 0
+    settings = prior.with_name("cfg.yaml")
+    settings.write_text(settings.read_text("utf-8").replace("use_ref: true", "use_ref: false"), "utf-8")
+    _refused(run("sample", "--repeat", tmp_path / "001-record.json"), "recorded (prior)")
+
+
+def test_a_repeated_run_takes_a_folder_and_a_device_and_nothing_else(
+    run: Run, models: list, parts: Path, tmp_path: Path
+) -> None:
+    assert run("sample", "--parts", parts / "wing.png", "--count", 1, "--out", tmp_path, *models)[0] == 0
+    repeat = ["sample", "--repeat", tmp_path / "001-record.json", "--out", tmp_path / "again"]
+    for option, value in [("--steps", 9), ("--count", 8), ("--reference", parts / "wing.png")]:
+        _refused(run(*repeat, option, value), f"leave out {option}")
+    _refused(run(*repeat, "--as-sketch"), "leave out --as-sketch")
+    _refused(run(*repeat, "--device", "toaster"), "The device 'toaster' is not available")
+    assert run(*repeat, "--device", "cpu")[0] == 0
+
+
+def test_a_record_of_other_versions_is_repeated_with_a_note(
+    run: Run, models: list, parts: Path, tmp_path: Path
+) -> None:
+    assert run("sample", "--parts", parts / "wing.png", "--count", 1, "--out", tmp_path, *models)[0] == 0
+    record = json.loads((tmp_path / "001-record.json").read_text("utf-8"))
+    record["versions"]["torch"] = "1.0"
+    (tmp_path / "old.json").write_text(json.dumps(record), "utf-8")
+    code, _, errors = run("sample", "--repeat", tmp_path / "old.json", "--out", tmp_path)
+    assert code == 0
+    assert "note: The run was recorded with torch 1.0, but this is" in errors
 
 
 def test_random_sets_take_at_most_one_part_of_a_kind(
@@ -346,7 +384,8 @@ def _bad_model(kind: str, files: StackFiles, folder: Path) -> Path:
         (["--device", "toaster"], "is not available"),
         (["--device", "meta"], "is not available"),
         (["--size", "33"], "multiples of 4"),
-        (["--repeat", "PART"], "either --parts or --repeat"),
+        (["--repeat", "PART"], "leave out --parts"),
+        (["--size", "80000000"], "The memory is full"),
         (["--model", "huge"], "no model 'huge'"),
     ],
 )

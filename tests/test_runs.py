@@ -97,6 +97,21 @@ def test_fingerprints_follow_content_not_names_around_it(tmp_path: Path) -> None
     assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
 
 
+@pytest.mark.parametrize("name", ["prior.ckpt", "cfg.yaml", "model.safetensors", "pytorch_model.bin"])
+def test_every_file_of_a_model_folder_counts(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("a")
+    before = fingerprint(tmp_path)
+    (tmp_path / name).write_text("b")
+    assert fingerprint(tmp_path) != before
+
+
+def test_a_disk_that_does_not_exist_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Z:\\out is on Windows, where not even the topmost folder has to exist."""
+    monkeypatch.setattr(Path, "exists", lambda _self: False)
+    with pytest.raises(PitError, match="cannot be written to"):
+        RunFolder(tmp_path / "out")
+
+
 def test_a_record_and_its_files_can_move_together(tmp_path: Path) -> None:
     part, record = tmp_path / "here" / "part.png", tmp_path / "here" / "out" / "001-record.json"
     record.parent.mkdir(parents=True)
