@@ -26,7 +26,7 @@ from pit_core.train.loop import Result, latest_checkpoint
 
 SCALE = 0.0002
 
-pytestmark = pytest.mark.timeout(300)  # the first test waits for all stages
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # the first test waits for all stages
 
 
 @pytest.fixture(scope="module")
