@@ -35,7 +35,7 @@ demo: $(READY)
 
 # Two processes with one thread each beat one process with two threads, on tensors this small.
 test: $(READY)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
 check: $(READY)
 	$(PY) -m ruff format --check .

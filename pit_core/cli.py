@@ -530,6 +530,27 @@ def miniature_train(
         typer.echo(f"{name}: {'finished' if result.finished else 'stopped'} at step {result.step}")
 
 
+@miniature_app.command("export")
+@plain_errors
+def miniature_export(
+    stage: Annotated[
+        str | None, typer.Argument(help="One stage; all that are trained without it.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the training.")] = Path("runs/miniature"),
+    weights: Annotated[
+        Path | None, typer.Option(help="Where to; the pack's own weights by default.", show_default=False)
+    ] = None,
+) -> None:
+    """Write the trained miniature as fp16 files in the released layouts, with their manifest."""
+    from .miniature.export import export
+    from .miniature.models import WEIGHTS
+
+    manifest = export(out, weights or WEIGHTS, stage)
+    for name, entry in manifest["files"].items():
+        typer.echo(f"{name}: {entry['bytes'] / 1e6:.2f} MB, {entry['steps']} steps")
+    typer.echo(f"together {manifest['bytes'] / 2**20:.1f} MB")
+
+
 @evaluate_app.command("concepts")
 @plain_errors
 def evaluate_concepts(

@@ -184,7 +184,7 @@ def test_another_models_checkpoint_is_refused(out: Path) -> None:
 def test_export_writes_all_files_and_their_manifest(weights: Path) -> None:
     manifest = models.read_manifest(weights)
     assert set(models.STACK_FILES) < set(manifest["files"])
-    assert {"reader_judge.safetensors", "reader_tuning.safetensors"} < set(manifest["files"])
+    assert "reader_judge.safetensors" in manifest["files"]
     written = {str(path.relative_to(weights).as_posix()) for path in weights.rglob("*") if path.is_file()}
     assert written == {*manifest["files"], "manifest.json"}
     for name, entry in manifest["files"].items():

@@ -94,7 +94,6 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "text_encoder.safetensors": models.load_text_encoder,
     "ip_adapter_plus.safetensors": load_ip_adapter,
     "ip_prior.safetensors": load_prior,
-    "reader_tuning.safetensors": lambda path: models.load_reader("tuning"),
     "reader_judge.safetensors": lambda path: models.load_reader("judge"),
 }
 

@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +111,8 @@ def _prior(out: Path, folder: Path) -> list[str]:
     return ["ip_prior.safetensors"]
 
 
-def _reader(out: Path, folder: Path, name: str) -> list[str]:
-    return [_half(trained.trained_reader(out, name), folder, f"reader_{name}")]
+def _judge(out: Path, folder: Path) -> list[str]:
+    return [_half(trained.trained_reader(out, "judge"), folder, "reader_judge")]
 
 
 def _half(model: nn.Module, folder: Path, name: str) -> str:
@@ -129,6 +128,6 @@ _WRITERS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], list[str]]]] =
     "unet": (("unet",), _unet),
     "adapter": (("adapter",), _adapter),
     "prior": (("prior",), _prior),
-    "reader-tuning": (("reader-tuning",), partial(_reader, name="tuning")),
-    "reader-judge": (("reader-judge",), partial(_reader, name="judge")),
+    # The reader that served while tuning stays at home: figures come from the other one.
+    "reader-judge": (("reader-judge",), _judge),
 }

@@ -340,7 +340,7 @@ def prompt_encoder(text_encoder: Any) -> Callable[[list[str]], tuple[Tensor, Ten
 
 
 def load_reader(name: str = "judge", weights: Path = WEIGHTS) -> nn.Module:
-    """A shipped attribute reader; "judge" reports the figures, "tuning" was looked at while tuning."""
+    """An attribute reader: "judge" ships and reports the figures; "tuning" was looked at while tuning."""
     return _filled(build_reader(name), weights / f"reader_{name}.safetensors")
 
 
