@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import PitError
 from .files import existing_file
@@ -82,6 +82,12 @@ class Renderer:
         self._encode_prompt = encode_prompt
         pipe.set_progress_bar_config(disable=True)
         check_adapter_fits(pipe.unet, adapter)
+        takes, made = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+        if takes != made:
+            raise PitError(
+                f"This UNet takes {takes} channels, but its VAE makes {made}: it is made for inpainting or "
+                "another special task; give a plain SDXL model."
+            )
         if encode_prompt is None and pipe.tokenizer_2 is None:
             raise PitError("This SDXL has no text encoder; give the complete model.")
         if max(self.default_size) >= 512:  # one picture at a time: decoding is where memory runs out
@@ -231,24 +237,63 @@ def load_renderer(
     path = Path(sdxl)
     adapter.layers.check_fits(layers_on_disk(path), adapter.name)
     pipe = load_folder(path, dtype) if path.is_dir() else load_single_file(path, config, dtype)
+    _refuse_gaps(pipe, path)
     return Renderer(pipe.to(device), adapter)
 
 
 def load_folder(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The SDXL pipeline in a diffusers folder. Raises PitError when it is another model or incomplete."""
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     check_folder(folder)
-    variant = "fp16" if _has_only_fp16(folder / "unet") else None
+    ours: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
+    theirs: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    models = {
+        "unet": load_part(UNet2DConditionModel, folder / "unet", **ours),
+        "vae": load_part(AutoencoderKL, folder / "vae", **ours),
+        "text_encoder": load_part(CLIPTextModel, folder / "text_encoder", **theirs),
+        "text_encoder_2": load_part(CLIPTextModelWithProjection, folder / "text_encoder_2", **theirs),
+    }
     with _plain_errors(folder):
         return StableDiffusionXLPipeline.from_pretrained(
-            str(folder),
-            torch_dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            variant=variant,
-            add_watermarker=False,
+            str(folder), **models, local_files_only=True, add_watermarker=False
         )
+
+
+def load_part(kind: Any, folder: Path, **options: Any) -> Any:
+    """One part of a diffusers folder, from local files alone; `kind` is its class, `options` go to it.
+
+    The libraries fill in random numbers for weights that are not there. Raises PitError for them, and for a
+    folder that is missing, damaged or of another class.
+    """
+    if not folder.is_dir():
+        raise PitError(f"'{folder.parent}' lacks the folder {folder.name}, which holds its {kind.__name__}.")
+    is_model = issubclass(kind, nn.Module)
+    if is_model:
+        options |= {"output_loading_info": True, **_variant(folder)}
+    try:
+        loaded = kind.from_pretrained(str(folder), local_files_only=True, **options)
+    except Exception as error:  # the libraries have no common type for bad folders
+        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise PitError(f"'{folder}' cannot be loaded as {kind.__name__}: {first[0][:200]}") from error
+    if not is_model:
+        return loaded
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise PitError(
+            f"'{folder}' lacks {len(missing)} weights of its {kind.__name__}, such as {missing[0]}."
+        )
+    return model
+
+
+def _variant(folder: Path) -> dict[str, str]:
+    """Folders that hold only half precision files are read from these."""
+    names = {path.name.split(".")[0] for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")}
+    halves = [path for name in names for path in folder.glob(f"{name}.fp16.safetensors")]
+    full = [path for name in names for path in folder.glob(f"{name}.safetensors*")]
+    full += [path for name in names for path in folder.glob(f"{name}.bin*")]
+    return {"variant": "fp16"} if halves and not full else {}
 
 
 def load_single_file(
@@ -342,7 +387,7 @@ def layers_on_disk(sdxl: str | os.PathLike[str]) -> list[AttentionLayer]:
     config = path / "unet" / "config.json"
     try:
         return layers_of_config(json.loads(config.read_text("utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise PitError(f"'{config}' is missing or damaged; fetch it again.") from error
 
 
@@ -351,9 +396,15 @@ def check_adapter_fits(unet: Any, adapter: IPAdapter) -> None:
     adapter.layers.check_fits(layers_of_unet(unet), adapter.name)
 
 
-def _has_only_fp16(folder: Path) -> bool:
-    names = [path.name for path in folder.glob("*.safetensors*")]
-    return bool(names) and all(".fp16" in name for name in names)
+def _refuse_gaps(pipe: Any, path: Path) -> None:
+    """diffusers leaves parameters that a file lacks without numbers."""
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        model = getattr(pipe, part)
+        if model is None:
+            continue
+        empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if empty:
+            raise PitError(f"'{path}' lacks {len(empty)} weights of its {part}, such as {empty[0]}.")
 
 
 @contextmanager

@@ -352,6 +352,26 @@ def test_damaged_encoders_are_described(tmp_path, edit, message):
         load_image_encoder(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"\xff\xfe{}"),
+        ("config.json", b'{"vision_config": 5}'),
+        ("preprocessor_config.json", b"\xff"),
+        ("preprocessor_config.json", b'{"image_mean": 5}'),
+        ("preprocessor_config.json", b'{"image_std": [1, 0, 1]}'),
+        ("preprocessor_config.json", b'{"image_mean": ["a", "b", "c"]}'),
+        ("model.safetensors.index.json", b'{"weight_map": ["a"]}'),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 1}}'),
+    ],
+)
+def test_damaged_settings_beside_an_encoder_are_one_sentence(tmp_path, name, content):
+    vision_model().save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PitError, match="has damaged settings"):
+        load_image_encoder(tmp_path)
+
+
 def test_other_files_and_folders_are_named(tmp_path):
     for keys, message in (
         (["visual.class_embedding"], "OpenCLIP"),

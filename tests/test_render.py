@@ -10,10 +10,19 @@ import tiny_stack
 import torch
 from original_layout import original_layout
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from pit_core.errors import PitError
 from pit_core.ip_adapter.processor import install_ip_adapter, installed_context, uninstall_ip_adapter
-from pit_core.render import NEGATIVE, PROMPT, Renderer, RenderSettings, check_single_file, load_renderer
+from pit_core.render import (
+    NEGATIVE,
+    PROMPT,
+    Renderer,
+    RenderSettings,
+    check_single_file,
+    layers_on_disk,
+    load_renderer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +321,42 @@ def test_a_folder_that_is_no_sdxl_is_refused(saved: Path, tmp_path: Path) -> Non
             (tmp_path / part.name).mkdir()
     refused("config.json' is missing")
     (tmp_path / "unet" / "config.json").write_text((saved / "unet" / "config.json").read_text())
-    refused("cannot be loaded as SDXL")
+    refused("cannot be loaded as UNet2DConditionModel")
+
+
+@pytest.mark.parametrize(
+    ("part", "file"),
+    [
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+        ("text_encoder_2", "model"),
+    ],
+)
+def test_a_folder_that_lacks_weights_is_refused(saved: Path, tmp_path: Path, part: str, file: str) -> None:
+    """The libraries would fill in random numbers, or nothing at all."""
+    shutil.copytree(saved, tmp_path / "sdxl")
+    path = tmp_path / "sdxl" / part / f"{file}.safetensors"
+    tensors = load_file(path)
+    del tensors[next(key for key in sorted(tensors) if key.endswith("weight"))]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(PitError, match="lacks 1 weights of its"):
+        load_renderer(tmp_path / "sdxl", tiny_stack.adapter(tiny_stack.unet()))
+
+
+@pytest.mark.parametrize("content", [b"[1]", b'{"block_out_channels": [null, 1]}', b"\xff"])
+def test_a_damaged_unet_config_is_one_sentence(saved: Path, tmp_path: Path, content: bytes) -> None:
+    shutil.copytree(saved, tmp_path / "sdxl")
+    (tmp_path / "sdxl" / "unet" / "config.json").write_bytes(content)
+    with pytest.raises(PitError, match=r"config.json' is missing or damaged"):
+        layers_on_disk(tmp_path / "sdxl")
+
+
+def test_an_inpainting_unet_is_refused() -> None:
+    unet = tiny_stack.unet()
+    unet.register_to_config(in_channels=9)
+    with pytest.raises(PitError, match="takes 9 channels"):
+        Renderer(tiny_stack.pipe(unet), tiny_stack.adapter(unet), encode_prompt=tiny_stack.encode_prompt)
 
 
 def test_pickled_weights_in_a_folder_are_not_opened(saved: Path, tmp_path: Path) -> None:
@@ -320,7 +364,7 @@ def test_pickled_weights_in_a_folder_are_not_opened(saved: Path, tmp_path: Path)
     shutil.copytree(saved, copy)
     (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(tiny_stack.unet().state_dict(), copy / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(PitError, match="cannot be loaded as SDXL"):
+    with pytest.raises(PitError, match="cannot be loaded as UNet2DConditionModel"):
         load_renderer(copy, tiny_stack.adapter(tiny_stack.unet()))
 
 

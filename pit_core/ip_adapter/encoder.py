@@ -196,20 +196,47 @@ def _file_settings(
         "image_size": math.isqrt(positions - 1) * patch,
     }
     config.update({key: stored[key] for key in ("num_attention_heads", "hidden_act") if key in stored})
-    return config, stored.get("image_mean", CLIP_MEAN), stored.get("image_std", CLIP_STD)
+    return config, *_normalisation(stored, quoted)
 
 
 def _folder_settings(folder: Path, quoted: str) -> tuple[dict[str, Any], Any, Any]:
-    config = _json(existing_file(folder / "config.json").read_text(encoding="utf-8"), quoted)
+    config = _json_file(existing_file(folder / "config.json"), quoted)
     if "vision_config" in config:  # a whole CLIP model
+        if not isinstance(config["vision_config"], dict):
+            raise PitError(f"{quoted} has damaged settings: vision_config is not a JSON object.")
         config = {**config["vision_config"], "projection_dim": config.get("projection_dim", 512)}
     known = ("clip_vision_model", "clip", "chinese_clip_vision_model")
     if config.get("model_type", "clip_vision_model") not in known:
         raise PitError(f"{quoted} holds a model of type {config['model_type']}, not a CLIP image encoder.")
     processor: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file():
-        processor = _json((folder / "preprocessor_config.json").read_text(encoding="utf-8"), quoted)
-    return config, processor.get("image_mean", CLIP_MEAN), processor.get("image_std", CLIP_STD)
+        processor = _json_file(folder / "preprocessor_config.json", quoted)
+    return config, *_normalisation(processor, quoted)
+
+
+def _normalisation(settings: Mapping[str, Any], quoted: str) -> tuple[Any, Any]:
+    """Mean and deviation per colour, CLIP's where the settings name none."""
+    mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
+    for values in (mean, std):
+        numbers = isinstance(values, list | tuple) and all(type(v) in (int, float) for v in values)
+        if (
+            not numbers
+            or len(values) != 3
+            or not all(map(math.isfinite, values))
+            or (values is std and 0 in std)
+        ):
+            raise PitError(
+                f"{quoted} has damaged settings: image_mean and image_std should be three numbers each, "
+                f"and no deviation 0, got {str(values)[:60]}."
+            )
+    return mean, std
+
+
+def _json_file(path: Path, quoted: str) -> dict[str, Any]:
+    try:
+        return _json(path.read_text(encoding="utf-8"), quoted)
+    except (OSError, UnicodeDecodeError) as error:
+        raise PitError(f"{quoted} has damaged settings: '{path.name}' cannot be read.") from error
 
 
 def _json(text: str, quoted: str) -> dict[str, Any]:
@@ -236,9 +263,10 @@ def _sized(tensors: Tensors, key: str, dimensions: int, quoted: str) -> tuple[in
 def _read_folder(folder: Path) -> tuple[Tensors, dict[str, str]]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(
-            _json(index.read_text(encoding="utf-8"), f"'{index.name}'").get("weight_map", {}).values()
-        )
+        weight_map = _json_file(index, f"'{index.name}'").get("weight_map")
+        shards: set[Any] = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+        if not all(isinstance(shard, str) for shard in shards):
+            raise PitError(f"'{index.name}' has damaged settings: weight_map should name a file per tensor.")
         tensors: Tensors = {}
         for shard in sorted(shards):
             tensors.update(

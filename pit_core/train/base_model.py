@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import PitError
 from ..ip_adapter.encode import ImageEncoder, null_pixels
+from ..render import load_part
 
 
 @dataclass
@@ -48,14 +49,14 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> BaseModel:
             f"'{folder}' is no diffusers model folder: unet/config.json is missing. Expected a Stable "
             "Diffusion 1.5 or SDXL folder with unet, vae, text_encoder, tokenizer and scheduler."
         )
-    unet = _load(diffusers.UNet2DConditionModel, folder / "unet", torch_dtype=dtype)
-    vae = _load(diffusers.AutoencoderKL, folder / "vae", torch_dtype=torch.float32)
-    encoders = [_load(transformers.CLIPTextModel, folder / "text_encoder", dtype=dtype)]
-    tokenizers = [_load(transformers.CLIPTokenizer, folder / "tokenizer")]
+    unet = load_part(diffusers.UNet2DConditionModel, folder / "unet", torch_dtype=dtype)
+    vae = load_part(diffusers.AutoencoderKL, folder / "vae", torch_dtype=torch.float32)
+    encoders = [load_part(transformers.CLIPTextModel, folder / "text_encoder", dtype=dtype)]
+    tokenizers = [load_part(transformers.CLIPTokenizer, folder / "tokenizer")]
     if getattr(unet.config, "addition_embed_type", None) == "text_time":
-        second = _load(transformers.CLIPTextModelWithProjection, folder / "text_encoder_2", dtype=dtype)
+        second = load_part(transformers.CLIPTextModelWithProjection, folder / "text_encoder_2", dtype=dtype)
         encoders.append(second)
-        tokenizers.append(_load(transformers.CLIPTokenizer, folder / "tokenizer_2"))
+        tokenizers.append(load_part(transformers.CLIPTokenizer, folder / "tokenizer_2"))
     base = BaseModel(unet, vae, tokenizers, encoders, _schedule(folder / "scheduler"))
     for model in (unet, vae, *encoders):
         model.requires_grad_(False).eval()
@@ -65,42 +66,11 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> BaseModel:
 def _schedule(folder: Path) -> Tensor:
     import diffusers
 
-    scheduler = _load(diffusers.DDPMScheduler, folder)
+    scheduler = load_part(diffusers.DDPMScheduler, folder)
     predicts = scheduler.config.get("prediction_type", "epsilon")
     if predicts != "epsilon":
         raise PitError(f"'{folder.parent}' predicts {predicts}; adapters are trained on epsilon models only.")
     return scheduler.alphas_cumprod
-
-
-def _load(kind: Any, folder: Path, **options: Any) -> Any:
-    """from_pretrained with local files only, and with an error where weights are missing."""
-    if not folder.is_dir():
-        raise PitError(f"'{folder.parent}' lacks the folder {folder.name}, which holds its {kind.__name__}.")
-    is_model = issubclass(kind, nn.Module)
-    if is_model:
-        options |= {"output_loading_info": True, **_variant(folder)}
-    try:
-        loaded = kind.from_pretrained(str(folder), local_files_only=True, **options)
-    except Exception as error:  # the libraries have no common type for bad folders
-        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise PitError(f"'{folder}' cannot be loaded as {kind.__name__}: {first[0][:200]}") from error
-    if not is_model:
-        return loaded
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise PitError(
-            f"'{folder}' lacks {len(missing)} weights of its {kind.__name__}, such as {missing[0]}."
-        )
-    return model
-
-
-def _variant(folder: Path) -> dict[str, str]:
-    """Folders that hold only half precision files are read from these."""
-    names = {path.name.split(".")[0] for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")}
-    halves = [path for name in names for path in folder.glob(f"{name}.fp16.safetensors")]
-    full = [path for name in names for path in folder.glob(f"{name}.safetensors*")]
-    full += [path for name in names for path in folder.glob(f"{name}.bin*")]
-    return {"variant": "fp16"} if halves and not full else {}
 
 
 @dataclass(frozen=True)
