@@ -7,6 +7,7 @@ picture with a fixed seed, whose hash tells two machines apart. Paths are named 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ from PIL import Image, ImageDraw
 from . import __version__
 from .concepts import Concept, Stack, StackFiles, check_prior_fits, load_stack, make_concepts
 from .errors import PitError
+from .files import check_finite
 from .ip_adapter.adapter import IPAdapter
 from .ip_adapter.checkpoint import check_encoder, describe_adapter, load_ip_adapter
 from .ip_adapter.encode import load_image_encoder
@@ -39,6 +41,7 @@ class Report:
     ok: bool = True
     lines: list[str] = field(default_factory=list)
     picture: Path | None = None
+    paths: tuple[Path, ...] = ()
 
     def check(self, what: str, step: Callable[[], Any]) -> Any:
         """Run a step that returns (value, sentence); a PitError becomes a failing line and None."""
@@ -46,10 +49,18 @@ class Report:
             value, sentence = step()
         except PitError as error:
             self.ok = False
-            self.lines.append(f"FAIL  {what}: {error}")
+            self.lines.append(f"FAIL  {what}: {self._without_folders(str(error))}")
             return None
         self.lines.append(f"ok    {what}: {sentence}")
         return value
+
+    def _without_folders(self, sentence: str) -> str:
+        """The user's own folders are nobody's business in a bug report."""
+        for path in self.paths:
+            for folder in (path.parent.absolute(), path.parent):
+                if folder.name:
+                    sentence = sentence.replace(f"{folder}{os.sep}", "").replace(str(folder), folder.name)
+        return sentence
 
     def note(self, sentence: str) -> None:
         self.lines.append(f"note  {sentence}")
@@ -73,6 +84,7 @@ def verify(
     Never raises PitError for a bad file: that is a line in the report.
     """
     report = _opened_report(device, dtype)
+    report.paths = tuple(paths.values())
     loaded = {name: _look_at(report, name, path) for name, path in paths.items() if name != "sdxl_config"}
     _compare(report, loaded)
     missing = [name for name in NEEDED if name not in paths]
@@ -81,9 +93,7 @@ def verify(
     elif report.ok:
         loaded.clear()  # before everything is loaded again, in the run's dtype and on its device
         files = StackFiles(**paths)
-        stack = report.check(
-            "all together", lambda: (load_stack(files, device=device, dtype=dtype), "they load and fit")
-        )
+        stack = report.check("all together", lambda: _load_all(files, device, dtype))
         if stack is not None:
             _make_picture(report, stack, steps, out)
     return report
@@ -151,6 +161,16 @@ def _read_prior(path: Path) -> tuple[Any, str]:
     prior, info = load_prior(path)
     sizes = ", ".join(f"{name} {value}" for name, value in info.settings().items())
     return (prior, info), f"{sizes}, {sum(p.numel() for p in prior.parameters()):,} parameters, finite"
+
+
+def _load_all(files: StackFiles, device: torch.device | str, dtype: torch.dtype) -> tuple[Stack, str]:
+    """The stack; SDXL's numbers are looked at here, because it is loaded nowhere else."""
+    stack = load_stack(files, device=device, dtype=dtype)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        part = getattr(stack.renderer.pipe, name)
+        if part is not None:
+            check_finite(part.state_dict(), f"the {name} of '{files.sdxl.name}'")
+    return stack, "they load and fit, SDXL finite"
 
 
 def _compare(report: Report, loaded: Mapping[str, Any]) -> None:

@@ -74,6 +74,33 @@ def test_broken_files_fail_with_a_sentence_each(files: StackFiles, tmp_path: Pat
         assert words in failed[0]
 
 
+def test_sdxl_with_numbers_that_are_not_finite_fails(files: StackFiles, tmp_path: Path) -> None:
+    shutil.copytree(files.sdxl, tmp_path / "sdxl")
+    weights = tmp_path / "sdxl" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"][0] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    report = verify(files.named() | {"sdxl": tmp_path / "sdxl"}, steps=2)
+    assert not report.ok
+    assert "FAIL  all together: the unet of 'sdxl' holds NaN" in str(report)
+
+
+def test_a_report_names_no_folders_of_the_users_machine(files: StackFiles, tmp_path: Path) -> None:
+    shutil.copytree(files.sdxl, tmp_path / "sdxl")
+    (tmp_path / "sdxl" / "unet" / "config.json").write_text("[]")
+    for option, path in [("prior", tmp_path / "none" / "prior.ckpt"), ("sdxl", tmp_path / "sdxl")]:
+        report = verify({option: path})
+        assert not report.ok
+        assert str(tmp_path) not in str(report)
+    (tmp_path / "sdxl" / "unet" / "config.json").write_bytes(
+        (files.sdxl / "unet" / "config.json").read_bytes()
+    )
+    (tmp_path / "sdxl" / "vae" / "config.json").unlink()
+    report = verify(files.named() | {"sdxl": tmp_path / "sdxl"})
+    assert not report.ok
+    assert str(tmp_path) not in str(report)
+
+
 def test_files_of_different_families_fail_in_pairs(files: StackFiles, tmp_path: Path) -> None:
     tiny_stack.save_prior(tmp_path / "prior.ckpt", tokens=6)
     save_ip_adapter(tmp_path / "wide.safetensors", tiny_stack.adapter(tiny_stack.unet(), width=40))
