@@ -6,8 +6,8 @@ A picture that cannot be read is reported and left out, never replaced by anothe
 from __future__ import annotations
 
 import json
-import logging
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +27,6 @@ from ..files import existing_file, save_tensors, sha256_of, write_text_atomic
 from ..parts.canvas import flatten
 from ..pictures import read_picture
 from .loop import Item
-
-log = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 
@@ -156,7 +154,7 @@ def _report(skipped: Sequence[Skipped], total: int) -> None:
     if skipped:
         shown = " ".join(item.reason for item in skipped[:3])
         more = f" (and {len(skipped) - 3} more)" if len(skipped) > 3 else ""
-        log.warning("%d of %d rows are left out: %s%s", len(skipped), total, shown, more)
+        warnings.warn(f"{len(skipped)} of {total} rows are left out: {shown}{more}", stacklevel=2)
 
 
 def save_skipped(path: Path, skipped: Sequence[Skipped]) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
+import warnings
 from pathlib import Path
 
 from ..files import replacing
-
-log = logging.getLogger(__name__)
 
 
 def read_log(path: Path, name: str = "loss") -> list[tuple[int, float]]:
@@ -35,14 +33,14 @@ def smoothed(values: list[float], window: int) -> list[float]:
 
 
 def plot_losses(log_file: Path, target: Path) -> bool:
-    """Write the loss curve as a PNG; False, with a note in the log, where there is nothing to draw with."""
+    """Write the loss curve as a PNG; False, with a warning, where there is nothing to draw with."""
     pairs = read_log(log_file)
     if not pairs:
         return False
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        log.warning("matplotlib is not installed, so %s is not drawn.", target.name)
+        warnings.warn(f"matplotlib is not installed, so {target.name} is not drawn.", stacklevel=2)
         return False
     steps, losses = zip(*pairs, strict=True)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="tight")
