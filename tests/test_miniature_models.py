@@ -238,6 +238,7 @@ def test_changed_and_lost_files_are_noticed(tmp_path: Path) -> None:
         save_tensors(tmp_path / name, {"weight": torch.ones(3)})
     _with_manifest(tmp_path)
     assert set(models.check_weights(tmp_path)) == {"a.safetensors", "b.safetensors"}
+    assert set(models.check_weights(tmp_path, ["a.safetensors"])) == {"a.safetensors"}
     with (tmp_path / "a.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")

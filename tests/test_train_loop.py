@@ -311,6 +311,15 @@ def test_names_a_damaged_checkpoint(tmp_path: Path) -> None:
         run(tmp_path)
 
 
+@pytest.mark.parametrize("keep", [0, 7, 200])
+def test_names_a_damaged_optimizer_file(tmp_path: Path, keep: int) -> None:
+    run(tmp_path, replace(CONFIG, steps=1))
+    path = tmp_path / "checkpoints" / "step-00000001" / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(PitError, match=r"step-00000001 has a damaged optimizer\.pt"):
+        run(tmp_path)
+
+
 def test_refuses_a_batch_that_does_not_divide_and_an_empty_set(tmp_path: Path) -> None:
     with pytest.raises(
         PitError, match="batch_size 4 does not divide into 3 accumulation steps on 1 processes"

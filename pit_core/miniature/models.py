@@ -308,19 +308,20 @@ def read_manifest(weights: Path = WEIGHTS) -> dict[str, Any]:
         raise PitError(f"'{path}' is damaged; install the complete package again.") from error
 
 
-def check_weights(weights: Path = WEIGHTS, needed: Sequence[str] = ()) -> dict[str, str]:
-    """SHA-256 of every file that the manifest lists, by name.
+def check_weights(weights: Path = WEIGHTS, needed: Sequence[str] | None = None) -> dict[str, str]:
+    """SHA-256 by name of the files ``needed``, or of all that the manifest lists.
 
-    Raises PitError when one of them, or one of those ``needed``, is missing or differs from the manifest.
+    Raises PitError when one of them is missing or differs from the manifest.
     """
-    hashes = {name: entry["sha256"] for name, entry in read_manifest(weights)["files"].items()}
-    missing = [name for name in (*needed, *hashes) if name not in hashes or not (weights / name).is_file()]
+    listed = {name: entry["sha256"] for name, entry in read_manifest(weights)["files"].items()}
+    names = list(listed if needed is None else needed)
+    missing = [name for name in names if name not in listed or not (weights / name).is_file()]
     if missing:
         raise PitError(f"The miniature lacks its file '{missing[0]}'; install the complete package.")
-    for name, expected in hashes.items():
-        if sha256_of(weights / name) != expected:
+    for name in names:
+        if sha256_of(weights / name) != listed[name]:
             raise PitError(f"The miniature's file '{name}' is damaged; install the complete package again.")
-    return hashes
+    return {name: listed[name] for name in names}
 
 
 def load_text_encoder(path: Path) -> Any:

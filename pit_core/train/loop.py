@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import PitError
-from ..files import check_shapes, load_tensors, save_tensors, write_text_atomic
+from ..files import check_shapes, load_tensors, replacing, save_tensors, write_text_atomic
 
 Item = tuple[int, int]
 """(epoch, index) of one training example: what an augmentation may depend on, together with its own seed."""
@@ -431,7 +432,8 @@ def _save(
     try:
         save_tensors(work / "model.safetensors", {name: p.detach() for name, p in named.items()}, {})
         save_tensors(work / "ema.safetensors", dict(zip(named, ema.shadow_params, strict=True)), {})
-        torch.save(optimizer.state_dict(), work / "optimizer.pt")
+        with replacing(work / "optimizer.pt") as temporary:
+            torch.save(optimizer.state_dict(), temporary)
         state = {
             "step": step,
             "ema_steps": ema.optimization_step,
@@ -450,6 +452,15 @@ def _save(
     _log(out, step, {"saved": 1.0, **metrics})
     for old in _complete(folder)[: -config.keep]:
         shutil.rmtree(old)
+
+
+def _optimizer_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise PitError(
+            f"the checkpoint {checkpoint} has a damaged optimizer.pt; delete this folder."
+        ) from error
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:
@@ -496,7 +507,7 @@ def _load(
             parameter.copy_(tensors[name])
     ema.shadow_params = [averages[name].clone() for name in named]
     ema.optimization_step = state["ema_steps"]
-    optimizer.load_state_dict(torch.load(newest / "optimizer.pt", weights_only=True, map_location="cpu"))
+    optimizer.load_state_dict(_optimizer_state(newest))
     if scaler is not None and state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
     return int(state["step"])
