@@ -183,9 +183,11 @@ def test_a_second_call_resumes_what_the_first_left(hub: Hub, tmp_path: Path) -> 
 
 
 def test_an_interrupted_process_resumes(hub: Hub, tmp_path: Path) -> None:
-    hub.seconds_per_block = 0.05
+    hub.seconds_per_block = 0.5
     script = (
-        "import sys; from pit_core.download import *\n"
+        "import signal, sys; from pit_core.download import *\n"
+        # A shell's background jobs are started with interrupts ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "RELEASES['toy'] = Release('Toy', 'owner/toy', {'prior.ckpt': 'models/prior.ckpt'})\n"
         "download('toy', sys.argv[1], base_url=sys.argv[2], confirm=lambda _: True)\n"
     )
