@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pit_core.errors import PitError
-from pit_core.files import load_tensors
-from pit_core.ip_prior.checkpoint import content_hash, convert_prior, load_prior, save_prior
+from pit_core.files import hash_tensors, load_tensors
+from pit_core.ip_prior.checkpoint import convert_prior, load_prior, save_prior
 from pit_core.ip_prior.info import PriorInfo
 from pit_core.ip_prior.model import IPPrior
 
@@ -80,7 +80,7 @@ def test_wrapped_state_dicts_and_prefixes_are_unwrapped(released, prior, wrap, p
     torch.save({**wrap(state), "optimizer": {"state": [torch.zeros(3)]}}, released / "prior.ckpt")
     loaded, info = load_prior(released)
     assert same_weights(prior, loaded)
-    assert info.content_hash == content_hash(prior.state_dict())
+    assert info.content_hash == hash_tensors(prior.state_dict())
 
 
 def test_save_and_load_keep_every_bit_and_every_setting(tmp_path, prior):
@@ -88,7 +88,7 @@ def test_save_and_load_keep_every_bit_and_every_setting(tmp_path, prior):
     saved = save_prior(tmp_path / "deep" / "p.safetensors", prior, info, {"seed": 7})
     loaded, read = load_prior(tmp_path / "deep" / "p.safetensors")
     assert same_weights(prior, loaded)
-    assert read == saved == replace(info, content_hash=content_hash(prior.state_dict()))
+    assert read == saved == replace(info, content_hash=hash_tensors(prior.state_dict()))
     metadata = load_tensors(tmp_path / "deep" / "p.safetensors")[1]
     assert (metadata["kind"], metadata["version"], metadata["seed"]) == ("ip_prior", "1", "7")
     assert json.loads(metadata["pit_config"])["num_attention_heads"] == 4
@@ -114,7 +114,7 @@ def test_converting_to_half_is_half_the_file_and_loads_as_half(released, tmp_pat
     assert {t.dtype for t in load_tensors(tmp_path / "half.safetensors")[0].values()} == {dtype}
     half, info = load_prior(tmp_path / "half.safetensors")
     assert next(half.parameters()).dtype == dtype
-    assert info.content_hash == report.info.content_hash == content_hash(half.state_dict())
+    assert info.content_hash == report.info.content_hash == hash_tensors(half.state_dict())
     back, _ = load_prior(tmp_path / "half.safetensors", dtype=torch.float32)
     assert (velocity(back) - velocity(prior)).norm() < 0.03 * velocity(prior).norm()
 
@@ -136,8 +136,8 @@ def test_the_hash_tells_names_values_shapes_and_dtypes_apart():
         {"a": torch.zeros(2, 3), "b": torch.ones(4).half()},
         {"a": torch.zeros(2, 3), "b": torch.full((4,), 2.0)},
     ]
-    assert len({content_hash(t) for t in [base, *others]}) == 5
-    assert content_hash(base) == content_hash({"b": base["b"], "a": base["a"].t().contiguous().t()})
+    assert len({hash_tensors(t) for t in [base, *others]}) == 5
+    assert hash_tensors(base) == hash_tensors({"b": base["b"], "a": base["a"].t().contiguous().t()})
 
 
 def test_operations_and_dtype_reach_every_layer(released):

@@ -6,7 +6,6 @@ settings in the metadata (`kind`, `version`, `pit_config`).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PitError
-from ..files import check_finite, check_shapes, existing_file, load_tensors, save_tensors
+from ..files import check_finite, check_shapes, existing_file, hash_tensors, load_tensors, save_tensors
 from .info import PriorInfo, info_from, read_yaml_settings
 from .model import IPPrior, IPPriorConfig
 
@@ -105,7 +104,7 @@ def save_prior(
     state = prior.state_dict()
     check_finite(state, "The prior")
     _write(path, state, info, metadata)
-    return replace(info, content_hash=content_hash(state), version=VERSION, notes=())
+    return replace(info, content_hash=hash_tensors(state), version=VERSION, notes=())
 
 
 def convert_prior(
@@ -126,18 +125,8 @@ def convert_prior(
         weights = {key: tensor.to(dtype) for key, tensor in weights.items()}
         _check_range(weights, source, dtype)
     _write(target, weights, info, None)
-    info = replace(info, content_hash=content_hash(weights), version=VERSION)
+    info = replace(info, content_hash=hash_tensors(weights), version=VERSION)
     return Conversion(source, target, weights[MARK].dtype, len(weights), target.stat().st_size, info)
-
-
-def content_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 (64 hex digits) over names, dtypes, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = tensors[key].detach().cpu().contiguous()
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _read(path: Path_, config: Settings) -> tuple[dict[str, Tensor], PriorInfo]:
@@ -150,7 +139,7 @@ def _read(path: Path_, config: Settings) -> tuple[dict[str, Tensor], PriorInfo]:
         shapes,
         qk_norm=qk_norm,
         source=f"'{path.name}'",
-        content_hash=content_hash(weights),
+        content_hash=hash_tensors(weights),
         version=_version(metadata, path),
     )
     _check_weights(weights, info.config, path)
