@@ -522,11 +522,14 @@ def miniature_train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")] = Path("runs/miniature"),
     minutes: Annotated[float | None, typer.Option(help="Stop after that time.", show_default=False)] = None,
     processes: Annotated[int, typer.Option(help="Processes that share each batch.")] = 1,
+    from_shipped: Annotated[
+        bool, typer.Option("--from-shipped", help="Let the shipped weights stand in for untrained stages.")
+    ] = False,
 ) -> None:
     """Train the miniature from nothing, stage by stage; goes on where an earlier run stopped."""
     from .miniature.train import main as train
 
-    for name, result in train(stage, out, minutes, processes):
+    for name, result in train(stage, out, minutes, processes, from_shipped=from_shipped):
         typer.echo(f"{name}: {'finished' if result.finished else 'stopped'} at step {result.step}")
 
 

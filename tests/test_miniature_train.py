@@ -259,3 +259,32 @@ def test_an_exported_file_that_was_changed_is_not_loaded(weights: Path, tmp_path
         file.truncate(1000)
     with pytest.raises(PitError, match="'ip_prior.safetensors' is damaged; install"):
         models.load_stack(broken)
+
+
+# starting from the shipped weights
+
+
+def test_shipped_weights_stand_in_for_untrained_stages(out: Path, weights: Path, tmp_path: Path) -> None:
+    again = _fresh(out, tmp_path)
+    trained.start_from_shipped(again, weights)
+    [(_, result)] = train.main("unet-further", again)
+    assert result.finished
+    pixels = to_pixels(pictures(out, "world").pixels[:1])
+    with torch.no_grad():
+        ours, theirs = (
+            vae.encode(pixels).latent_dist.mode()
+            for vae in (trained.trained_vae(again), trained.trained_vae(out))
+        )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)  # the shipped ones are fp16
+    assert [result.finished for _, result in [*train.main("adapter", again), *train.main("prior", again)]]
+    export(again, tmp_path / "exported", "unet")
+
+
+def test_a_stage_trained_here_is_preferred_to_the_shipped_one(
+    out: Path, weights: Path, tmp_path: Path
+) -> None:
+    again = _fresh(out, tmp_path)
+    trained.start_from_shipped(again, weights)
+    shipped = trained.weights_of(again, "vae")
+    train.main("vae", again)
+    assert trained.weights_of(again, "vae") == trained.weights_of(out, "vae") != shipped

@@ -92,6 +92,17 @@ RECIPES: dict[str, LoopConfig] = {
         seed=6,
         save_every=200,
     ),
+    "unet-further": LoopConfig(
+        steps=4000,
+        batch_size=64,
+        lr=8e-4,
+        schedule="cosine",
+        warmup=50,
+        weight_decay=0.01,
+        ema_decay=0.998,
+        seed=16,
+        save_every=200,
+    ),
     "adapter": LoopConfig(
         steps=2000,
         batch_size=48,

@@ -30,7 +30,9 @@ from .trained import (
     base_features,
     base_latents,
     concept_tokens,
-    load_stage,
+    first_unet,
+    first_vae,
+    start_from_shipped,
     trained_adapter,
     trained_encoders,
     trained_vae,
@@ -48,16 +50,20 @@ def main(
     processes: int = 1,
     *,
     scale: float | None = None,
+    from_shipped: bool = False,
 ) -> list[tuple[str, Result]]:
     """Train one stage, or all in order; a stage that takes more than ``minutes`` stops and is the last.
 
     ``scale`` below 1 takes that share of pictures and steps, for a trial of the whole chain; a folder keeps
-    its scale. Raises PitError for an unknown stage and for a folder begun at another scale.
+    its scale. ``from_shipped`` takes the shipped weights where an earlier stage was not trained in ``out``.
+    Raises PitError for an unknown stage and for a folder begun at another scale.
     """
     if stage is not None and stage not in STAGES:
         raise PitError(f"There is no stage '{stage}'; the stages are {', '.join(STAGES)}.")
     if scale is not None:
         set_scale(out, scale)
+    if from_shipped:
+        start_from_shipped(out)
     results = []
     for name in STAGES if stage is None else (stage,):
         result = _run_stage(name, out, minutes) if processes == 1 else _shared(name, out, minutes, processes)
@@ -124,8 +130,7 @@ def train_vae(out: Path, **options: Any) -> Result:
 
 def train_decoder(out: Path, **options: Any) -> Result:
     """The VAE's decoder alone on whole pictures, while the latents that others learn on stay as they are."""
-    vae = models.build_vae()
-    load_stage(VAEObjective(vae), out, "vae")
+    vae = first_vae(out)
     batches = Pictures([pictures(out, "world")])
     return _train("decoder", DecoderObjective(vae), batches, out, validate=_db_check(out, vae), **options)
 
@@ -167,16 +172,25 @@ def train_reader(out: Path, name: str, **options: Any) -> Result:
 def train_unet(out: Path, **options: Any) -> Result:
     """The SDXL-family UNet on cached latents and fresh captions."""
     torch.manual_seed(RECIPES["unet"].seed)
-    text = vision_objective(out).text_encoder
-    batches = Conditioned(
+    objective = UNetObjective(models.build_unet(), alphas_cumprod())
+    return _train("unet", objective, _unet_batches(out), out, **options)
+
+
+def train_unet_further(out: Path, **options: Any) -> Result:
+    """The same UNet further, from its average on: wings, ears and scenes take longer than colours."""
+    torch.manual_seed(RECIPES["unet-further"].seed)
+    objective = UNetObjective(first_unet(out), alphas_cumprod())
+    return _train("unet-further", objective, _unet_batches(out), out, **options)
+
+
+def _unet_batches(out: Path) -> Conditioned:
+    return Conditioned(
         base_pictures(out),
         captioner(out, neutral=0.12),
         WordTokenizer(models.TEXT_LENGTH),
-        text,
+        trained_encoders(out)[1],
         {"latents": base_latents(out, trained_vae(out))},
     )
-    objective = UNetObjective(models.build_unet(), alphas_cumprod())
-    return _train("unet", objective, batches, out, **options)
 
 
 def train_adapter(out: Path, **options: Any) -> Result:
@@ -215,6 +229,7 @@ STAGES: dict[str, Callable[..., Result]] = {
     "reader-tuning": partial(train_reader, name="tuning"),
     "reader-judge": partial(train_reader, name="judge"),
     "unet": train_unet,
+    "unet-further": train_unet_further,
     "adapter": train_adapter,
     "prior": train_prior,
 }

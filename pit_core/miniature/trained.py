@@ -1,7 +1,14 @@
-"""What the stages of the miniature's training left behind: their averaged weights, put back into models."""
+"""What the stages of the miniature's training left behind: their averaged weights, put back into models.
+
+A folder may start from the shipped weights instead of from nothing: then a copy of them stands in for every
+stage that was not trained there.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,24 +54,67 @@ def load_stage(objective: Objective, out: Path, stage: str) -> int:
     return step
 
 
+def start_from_shipped(out: Path, weights: Path = models.WEIGHTS) -> None:
+    """Copy the shipped weights into a training folder, where they stand in for untrained stages.
+
+    A folder keeps the copy that it was begun with, also after newer weights were exported.
+    """
+    target = out / "shipped"
+    if not target.exists():
+        models.check_weights(weights)
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".copying-", dir=out) as work:
+            shutil.copytree(weights, Path(work) / "shipped")
+            os.replace(Path(work) / "shipped", target)
+
+
+_SHIPPED = {
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "vision": "image_encoder.safetensors",
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "adapter": "ip_adapter_plus.safetensors",
+}
+
+
+def _shipped(out: Path, stage: str) -> Path | None:
+    """The shipped file that stands in for a stage, or None where the stage was trained here."""
+    path = out / "shipped" / _SHIPPED[stage]
+    return path if path.is_file() and latest_checkpoint(out / stage) is None else None
+
+
 def weights_of(out: Path, *stages: str) -> str:
     """A short name for the weights of these stages as they are now."""
-    newest = [latest_checkpoint(out / stage) for stage in stages]
-    return "-".join(sha256_of(path / "ema.safetensors")[:12] for path in newest if path is not None)
+    files = []
+    for stage in stages:
+        newest = latest_checkpoint(out / stage)
+        files.append(newest / "ema.safetensors" if newest else _shipped(out, stage))
+    return "-".join(sha256_of(path)[:12] for path in files if path is not None)
 
 
 # models
 
 
-def trained_vae(out: Path) -> Any:
-    """The VAE, normalised to SDXL's latent scale; its decoder is the finished one when there is one."""
+def first_vae(out: Path) -> Any:
+    """The VAE before its decoder was finished; a shipped one has its latents normalised already."""
+    shipped = _shipped(out, "vae")
+    if shipped:
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL.from_pretrained(shipped.parent, local_files_only=True)
     vae = models.build_vae()
     load_stage(VAEObjective(vae), out, "vae")
+    return vae
+
+
+def trained_vae(out: Path) -> Any:
+    """The VAE, normalised to SDXL's latent scale; its decoder is the finished one when there is one."""
+    vae = first_vae(out)
     if latest_checkpoint(out / "decoder"):
         load_stage(DecoderObjective(vae), out, "decoder")
     vae.requires_grad_(False)
-    measured = _latent_statistics(out, vae)
-    models.normalise_latents(vae, measured["mean"], measured["std"], models.SDXL_LATENT_SCALE)
+    if not _shipped(out, "vae"):
+        measured = _latent_statistics(out, vae)
+        models.normalise_latents(vae, measured["mean"], measured["std"], models.SDXL_LATENT_SCALE)
     return vae.eval()
 
 
@@ -94,16 +144,37 @@ def vision_objective(out: Path) -> ContrastiveObjective:
 
 def trained_encoders(out: Path) -> tuple[Any, Any]:
     """Image and text encoder, frozen."""
+    shipped = _shipped(out, "vision")
+    if shipped:
+        from ..ip_adapter.encoder import load_image_encoder
+
+        text = models.load_text_encoder(shipped.parent / "text_encoder.safetensors")
+        return load_image_encoder(shipped, dtype=torch.float32).model.requires_grad_(False), text
     objective = vision_objective(out)
     load_stage(objective, out, "vision")
     return objective.image_encoder.requires_grad_(False), objective.text_encoder
 
 
-def trained_unet(out: Path) -> Any:
-    """The UNet, frozen."""
+def first_unet(out: Path) -> Any:
+    """The UNet after its first stage."""
+    shipped = _shipped(out, "unet")
+    if shipped:
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel.from_pretrained(shipped.parent, local_files_only=True)
     unet = models.build_unet()
     load_stage(UNetObjective(unet, alphas_cumprod()), out, "unet")
-    return unet.requires_grad_(False)
+    return unet
+
+
+def trained_unet(out: Path) -> Any:
+    """The UNet, frozen; of its second stage when there is one."""
+    unet = models.build_unet()
+    if latest_checkpoint(out / "unet-further"):
+        load_stage(UNetObjective(unet, alphas_cumprod()), out, "unet-further")
+    else:
+        unet = first_unet(out)
+    return unet.eval().requires_grad_(False)
 
 
 def adapter_objective(out: Path, image: Any, text: Any) -> IPAdapterObjective:
@@ -124,6 +195,11 @@ def adapter_objective(out: Path, image: Any, text: Any) -> IPAdapterObjective:
 
 def trained_adapter(out: Path) -> IPAdapter:
     """The IP-Adapter, frozen."""
+    shipped = _shipped(out, "adapter")
+    if shipped:
+        from ..ip_adapter.checkpoint import load_ip_adapter
+
+        return load_ip_adapter(shipped, dtype=torch.float32).requires_grad_(False)
     objective = adapter_objective(out, *trained_encoders(out))
     load_stage(objective, out, "adapter")
     return objective.adapter.requires_grad_(False)
