@@ -29,7 +29,7 @@ class PiTLoadPrior(io.ComfyNode):
             "Load IP-Prior",
             "Loads a prior that completes concepts out of parts: a released prior.ckpt with its cfg.yaml, or "
             "a converted safetensors file.",
-            ["piece it together", "prior"],
+            ["concept model", "prior.ckpt"],
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -37,7 +37,13 @@ class PiTLoadPrior(io.ComfyNode):
                     tooltip="A file in models/ip_prior; keep cfg.yaml beside a prior.ckpt.",
                 )
             ],
-            outputs=[IPPriorSocket.Output(display_name="prior"), io.String.Output(display_name="report")],
+            outputs=[
+                IPPriorSocket.Output(display_name="prior", tooltip="The prior, for 'Sample IP-Prior'."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What the file is: tokens, size, how many parts, whether it takes a reference.",
+                ),
+            ],
         )
 
     @classmethod
@@ -59,7 +65,7 @@ class PiTSamplePrior(io.ComfyNode):
             "PiTSamplePrior",
             "Sample IP-Prior",
             "Completes a concept around the given parts, as often as asked; each row is one concept.",
-            ["piece it together", "compose parts", "ideas"],
+            ["compose parts", "concepts", "ideas"],
             inputs=[
                 IPPriorSocket.Input("prior", tooltip="The prior: what kind of concepts it makes."),
                 IPTokensSocket.Input("parts", tooltip="Parts from 'Encode Parts', one row each, in order."),
@@ -100,7 +106,11 @@ class PiTSamplePrior(io.ComfyNode):
                     "initial", optional=True, tooltip="A concept to start from: one row, or one per concept."
                 ),
             ],
-            outputs=[IPTokensSocket.Output(display_name="tokens")],
+            outputs=[
+                IPTokensSocket.Output(
+                    display_name="tokens", tooltip="One row per concept, for 'Apply IP Tokens'."
+                )
+            ],
         )
 
     @classmethod

@@ -35,7 +35,7 @@ class PiTLoadIPAdapter(io.ComfyNode):
             "PiTLoadIPAdapter",
             "Load IP-Adapter (Piece it Together)",
             "Loads an IP-Adapter or IP-Adapter Plus for SDXL or SD1.5 and says which image encoder it needs.",
-            ["ip adapter", "ipadapter plus", "image prompt"],
+            ["ipadapter", "ip adapter", "ipadapter plus", "image prompt"],
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -44,8 +44,13 @@ class PiTLoadIPAdapter(io.ComfyNode):
                 )
             ],
             outputs=[
-                IPAdapterSocket.Output(display_name="ip_adapter"),
-                io.String.Output(display_name="report"),
+                IPAdapterSocket.Output(
+                    display_name="ip_adapter", tooltip="The adapter, for the nodes that encode and apply."
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What the file is: kind, tokens, width, model family, image encoder.",
+                ),
             ],
         )
 
@@ -71,7 +76,7 @@ class PiTEncodeImage(io.ComfyNode):
             "Encode Image to IP Tokens",
             "Turns each picture of a batch into IP tokens: what an IP-Adapter shows to the model in place of "
             "the picture.",
-            ["ip adapter encode", "image to tokens", "image embeds"],
+            ["ipadapter encode", "image prompt", "image to tokens", "image embeds"],
             inputs=[
                 IPAdapterSocket.Input("ip_adapter", tooltip="The adapter whose tokens are wanted."),
                 io.ClipVision.Input("clip_vision", tooltip="The image encoder that belongs to the adapter."),
@@ -104,7 +109,12 @@ class PiTEncodeImage(io.ComfyNode):
                     "of Load Image is the other way round: invert it.",
                 ),
             ],
-            outputs=[IPTokensSocket.Output(display_name="tokens")],
+            outputs=[
+                IPTokensSocket.Output(
+                    display_name="tokens",
+                    tooltip="One row per picture, with the tokens of 'no image' beside.",
+                )
+            ],
         )
 
     @classmethod
@@ -135,7 +145,7 @@ class PiTEncodeParts(io.ComfyNode):
             "Encode Parts to IP Tokens",
             "Puts each part on a white square, as the IP-Prior was trained, and turns it into IP tokens. "
             "Empty slots are filled by the prior.",
-            ["piece it together", "parts", "character parts"],
+            ["character parts", "sketch", "reference grid"],
             inputs=[
                 IPAdapterSocket.Input("ip_adapter", tooltip="The adapter that the prior was trained with."),
                 io.ClipVision.Input("clip_vision", tooltip="The image encoder that belongs to the adapter."),
@@ -157,7 +167,11 @@ class PiTEncodeParts(io.ComfyNode):
                     "slot.",
                 ),
             ],
-            outputs=[IPTokensSocket.Output(display_name="parts")],
+            outputs=[
+                IPTokensSocket.Output(
+                    display_name="parts", tooltip="One row per part, in order, for 'Sample IP-Prior'."
+                )
+            ],
         )
 
     @classmethod
@@ -207,7 +221,11 @@ class PiTTokensFromEmbeds(io.ComfyNode):
                     tooltip="The embeds of 'no image', for the unconditional half.",
                 ),
             ],
-            outputs=[IPTokensSocket.Output(display_name="tokens")],
+            outputs=[
+                IPTokensSocket.Output(
+                    display_name="tokens", tooltip="The same pictures as IP tokens, one row for each."
+                )
+            ],
         )
 
     @classmethod
@@ -230,7 +248,7 @@ class PiTApplyTokens(io.ComfyNode):
             "Apply IP Tokens",
             "Lets a model see IP tokens beside its prompt. Use it as often as you like: the tokens add up, "
             "in any order.",
-            ["apply ip adapter", "ipadapter advanced", "regional", "style transfer"],
+            ["apply ipadapter", "ipadapter advanced", "image prompt", "style transfer", "regional"],
             inputs=[
                 io.Model.Input("model", tooltip="An SDXL or SD1.5 model of the adapter's family."),
                 IPAdapterSocket.Input("ip_adapter", tooltip="The adapter that the tokens belong to."),
@@ -309,7 +327,12 @@ class PiTApplyTokens(io.ComfyNode):
                     tooltip="Where the tokens count: one mask for all, one per picture, or one per region.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model")],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="The model that sees the tokens; the one given stays as it was.",
+                )
+            ],
         )
 
     @classmethod

@@ -31,10 +31,12 @@ class PiTMiniatureSDXL(io.ComfyNode):
             ["demo model", "tiny sdxl", "critters"],
             inputs=[],
             outputs=[
-                io.Model.Output(display_name="model"),
-                io.Clip.Output(display_name="clip"),
-                io.Vae.Output(display_name="vae"),
-                io.ClipVision.Output(display_name="clip_vision"),
+                io.Model.Output(display_name="model", tooltip="The tiny SDXL, for samplers."),
+                io.Clip.Output(display_name="clip", tooltip="Its text encoder, which knows about critters."),
+                io.Vae.Output(display_name="vae", tooltip="Turns its latents into pictures and back."),
+                io.ClipVision.Output(
+                    display_name="clip_vision", tooltip="The image encoder of the miniature's IP-Adapter."
+                ),
             ],
         )
 

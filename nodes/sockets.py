@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 CATEGORY = "Piece it Together"
+ALIASES = ["piece it together", "pit"]  # find every node
 
 IPTokensSocket = io.Custom("PIT_IP_TOKENS")
 IPAdapterSocket = io.Custom("PIT_IP_ADAPTER")
@@ -20,6 +21,6 @@ _SCHEMA_FIELDS = {field.name for field in fields(io.Schema)}
 
 def schema(node_id: str, name: str, description: str, aliases: list[str], **rest: Any) -> Any:
     """A node's schema; what an older host does not know of is left out."""
-    options = {"search_aliases": aliases, **rest}
+    options = {"search_aliases": [*aliases, *ALIASES], **rest}
     known = {key: value for key, value in options.items() if key in _SCHEMA_FIELDS}
     return io.Schema(node_id=node_id, display_name=name, category=CATEGORY, description=description, **known)

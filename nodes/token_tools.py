@@ -48,7 +48,11 @@ class PiTCombineTokens(io.ComfyNode):
                     tooltip="For slerp: how far to go from the first (0) to the second (1).",
                 ),
             ],
-            outputs=[IPTokensSocket.Output(display_name="tokens")],
+            outputs=[
+                IPTokensSocket.Output(
+                    display_name="tokens", tooltip="The combination, with the nulls of the first."
+                )
+            ],
         )
 
     @classmethod
@@ -99,7 +103,11 @@ class PiTLoadTokens(io.ComfyNode):
                     tooltip="A file in output/ip_tokens; press R to see new ones.",
                 )
             ],
-            outputs=[IPTokensSocket.Output(display_name="tokens")],
+            outputs=[
+                IPTokensSocket.Output(
+                    display_name="tokens", tooltip="The tokens as they were saved, with their nulls."
+                )
+            ],
         )
 
     @classmethod
@@ -122,7 +130,10 @@ class PiTPreviewTokens(io.ComfyNode):
             "Draws each row's token lengths and how similar the tokens are to each other, and the rows.",
             ["show tokens", "inspect embeds"],
             inputs=[IPTokensSocket.Input("tokens", tooltip="The tokens to look at.")],
-            outputs=[io.Image.Output(display_name="picture"), io.String.Output(display_name="summary")],
+            outputs=[
+                io.Image.Output(display_name="picture", tooltip="The drawing that the node shows."),
+                io.String.Output(display_name="summary", tooltip="How many rows and tokens, and how wide."),
+            ],
             is_output_node=True,
         )
 

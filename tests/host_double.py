@@ -33,7 +33,7 @@ class _Input:
 
 class _Output:
     def __init__(self, **options: Any) -> None:
-        self.display_name = options.get("display_name")
+        self.display_name, self.tooltip = options.get("display_name"), options.get("tooltip")
 
 
 def _socket(name: str) -> type:

@@ -67,9 +67,12 @@ def test_ids_names_and_categories(bench: Bench) -> None:
 def test_everything_is_explained(bench: Bench) -> None:
     for name, schema in schemas(bench).items():
         assert schema.description.endswith("."), name
-        for entry in schema.inputs:
+        templates = [entry.template.input for entry in schema.inputs if getattr(entry, "template", None)]
+        for entry in [*schema.inputs, *templates]:
             assert entry.tooltip and entry.tooltip.endswith("."), (name, entry.id)
-        assert all(out.display_name for out in schema.outputs), name
+        for out in schema.outputs:
+            assert out.display_name, name
+            assert out.tooltip and out.tooltip.endswith("."), (name, out.display_name)
 
 
 def test_execute_takes_every_input_with_its_default(bench: Bench) -> None:
