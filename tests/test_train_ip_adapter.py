@@ -28,7 +28,7 @@ from pit_core.ip_adapter.resampler import ImageProjection, Resampler
 from pit_core.train.base_model import load_base
 from pit_core.train.captioned import Captioned, Picture, Shards, centre_square, read_rows, scan
 from pit_core.train.config import from_mapping
-from pit_core.train.ip_adapter import Dropout, IPAdapterObjective
+from pit_core.train.ip_adapter import Dropout, IPAdapterObjective, noise_loss
 from pit_core.train.ip_adapter_run import AdapterSettings, run
 from pit_core.train.loop import Draws, Item, LoopConfig, train
 from pit_core.train.plot import read_log, smoothed
@@ -225,6 +225,24 @@ def test_the_loss_is_the_error_of_the_predicted_noise(plan: str, kind: str) -> N
         assert torch.equal(added["time_ids"], values["time_ids"])
     else:
         assert added is None
+
+
+def test_the_balanced_loss_is_the_velocitys_and_stops_at_its_limit() -> None:
+    g = torch.Generator().manual_seed(0)
+    picture, noise, predicted = (torch.randn(3, 4, 2, 2, generator=g) for _ in range(3))
+    a = torch.tensor([0.99, 0.5, 0.01])
+    keep, spread = a.sqrt().view(-1, 1, 1, 1), (1 - a).sqrt().view(-1, 1, 1, 1)
+    noisy = keep * picture + spread * noise
+
+    def velocity(noise: torch.Tensor) -> torch.Tensor:
+        return keep * noise - spread * (noisy - spread * noise) / keep
+
+    squared = (velocity(predicted) - velocity(noise)).pow(2)
+    torch.testing.assert_close(noise_loss(predicted, noise, a, snr_limit=1e9), squared.mean())
+    # An SNR of 99 counts as one of 10 - 1.
+    rows = squared.mean(dim=(1, 2, 3)) * torch.tensor([0.1, 1.0, 1.0])
+    torch.testing.assert_close(noise_loss(predicted, noise, a, snr_limit=10.0), rows.mean())
+    torch.testing.assert_close(noise_loss(predicted, noise, a), (predicted - noise).pow(2).mean())
 
 
 def test_the_sd15_plan_has_sixteen_layers() -> None:

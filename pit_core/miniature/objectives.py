@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..train.ip_adapter import add_noise
+from ..train.ip_adapter import add_noise, noise_loss
 from ..train.loop import Draws, Objective
 from . import models, reader
 
@@ -104,23 +104,24 @@ class ReaderObjective(Objective):
 
 
 class UNetObjective(Objective):
-    """DDPM's epsilon loss at uniform steps, text from the frozen encoder."""
+    """DDPM's epsilon loss at uniform steps, text from the frozen encoder; ``snr_limit`` as in ``noise_loss``."""
 
     alphas_cumprod: Tensor
 
-    def __init__(self, unet: Any, alphas_cumprod: Tensor) -> None:
+    def __init__(self, unet: Any, alphas_cumprod: Tensor, snr_limit: float | None = None) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet, self.snr_limit = unet, snr_limit
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
 
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
         """Batch: "latents" (B, 4, h, w) scaled, "text" (B, T, C), "pooled" (B, P), "time_ids" (B, 6)."""
         latents = batch["latents"]
         noise, t = draws.randn(*latents.shape[1:]), draws.randint(len(self.alphas_cumprod))
+        alphas = self.alphas_cumprod[t]
         predicted = self.unet(
-            add_noise(latents, noise, self.alphas_cumprod[t]),
+            add_noise(latents, noise, alphas),
             t,
             encoder_hidden_states=batch["text"],
             added_cond_kwargs={"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]},
         ).sample
-        return {"loss": F.mse_loss(predicted.float(), noise)}
+        return {"loss": noise_loss(predicted, noise, alphas, self.snr_limit)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ..train.loop import LoopConfig
 
+SNR_LIMIT = 10.0  # of the stages that learn what is drawn where, once fine detail is there
+
 RECIPES: dict[str, LoopConfig] = {
     "encoders": LoopConfig(
         steps=900,
@@ -93,7 +95,7 @@ RECIPES: dict[str, LoopConfig] = {
         save_every=200,
     ),
     "unet-further": LoopConfig(
-        steps=4000,
+        steps=3200,
         batch_size=64,
         lr=8e-4,
         schedule="cosine",
@@ -104,7 +106,7 @@ RECIPES: dict[str, LoopConfig] = {
         save_every=200,
     ),
     "adapter": LoopConfig(
-        steps=2000,
+        steps=4000,
         batch_size=48,
         lr=1e-3,
         schedule="cosine",
@@ -122,6 +124,7 @@ RECIPES: dict[str, LoopConfig] = {
         warmup=150,
         weight_decay=0.01,
         ema_decay=0.998,
+        precision="bf16",
         seed=8,
         save_every=250,
     ),

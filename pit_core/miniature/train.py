@@ -6,6 +6,7 @@ IP-Prior.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..train.loop import Data, Objective, Result, latest_checkpoint, train
 from . import models, reader
 from .batches import Captioned, Concepts, Conditioned, Pictures, to_pixels
 from .objectives import ContrastiveObjective, DecoderObjective, ReaderObjective, UNetObjective, VAEObjective
-from .recipes import RECIPES
+from .recipes import RECIPES, SNR_LIMIT
 from .scale import scaled_config, set_scale
 from .sets import base_pictures, captioner, everything, pictures, vision_pictures
 from .tokenizer import WordTokenizer
@@ -78,7 +79,11 @@ def _run_stage(name: str, out: Path, minutes: float | None) -> Result:
 
 
 def _shared(name: str, out: Path, minutes: float | None, processes: int) -> Result:
-    """A stage whose batches are shared by several processes of this machine."""
+    """A stage whose batches are shared by several processes of this machine, forked from this one."""
+    if not hasattr(os, "fork"):
+        raise PitError(
+            f"Expected one process on this system, got {processes}; it cannot fork: use --processes 1."
+        )
     from accelerate import debug_launcher
 
     debug_launcher(_run_stage, args=(name, out, minutes), num_processes=processes)
@@ -177,9 +182,9 @@ def train_unet(out: Path, **options: Any) -> Result:
 
 
 def train_unet_further(out: Path, **options: Any) -> Result:
-    """The same UNet further, from its average on: wings, ears and scenes take longer than colours."""
+    """The same UNet further, from its average on, now for the steps that decide wings, ears and scenes."""
     torch.manual_seed(RECIPES["unet-further"].seed)
-    objective = UNetObjective(first_unet(out), alphas_cumprod())
+    objective = UNetObjective(first_unet(out), alphas_cumprod(), SNR_LIMIT)
     return _train("unet-further", objective, _unet_batches(out), out, **options)
 
 

@@ -33,6 +33,7 @@ from .objectives import (
     UNetObjective,
     VAEObjective,
 )
+from .recipes import SNR_LIMIT
 from .sets import base_pictures, everything, pictures
 from .tokenizer import WordTokenizer
 
@@ -189,7 +190,8 @@ def adapter_objective(out: Path, image: Any, text: Any) -> IPAdapterObjective:
         null_features=models.image_features(image, models.grey())[0],
         null_text=empty[0],
         null_pooled=pooled[0],
-        dropout=Dropout(image=0.05, text=0.3, both=0.05),
+        dropout=Dropout(image=0.05, text=0.4, both=0.05),
+        snr_limit=SNR_LIMIT,
     )
 
 

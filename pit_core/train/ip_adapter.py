@@ -50,7 +50,7 @@ class IPAdapterObjective(Objective):
     grey picture's features) and a dropped text (the empty prompt's) turn into. `alphas_cumprod` (steps,) is
     the noise schedule's. The UNet is frozen and stays in eval mode; it runs in its own dtype. With
     `train_layers=False` only the projection learns. Make the adapter with `new_ip_adapter(unet, projector)`,
-    which copies the UNet's own key and value weights.
+    which copies the UNet's own key and value weights. `snr_limit`: see `noise_loss`.
 
     Raises PitError when the adapter does not fit the UNet and for a batch without the expected entries.
     """
@@ -71,12 +71,13 @@ class IPAdapterObjective(Objective):
         null_pooled: Tensor | None = None,
         dropout: Dropout = Dropout(),
         train_layers: bool = True,
+        snr_limit: float | None = None,
     ) -> None:
         super().__init__()
         self.unet = unet.requires_grad_(False)
         self.adapter = adapter.requires_grad_(True)
         self.adapter.layers.requires_grad_(train_layers)
-        self.dropout, self.train_layers = dropout, train_layers
+        self.dropout, self.train_layers, self.snr_limit = dropout, train_layers, snr_limit
         self.context = install_ip_adapter(unet)
         self.context.train = True
         self.adapter.layers.check_fits(self.context.layers, self.adapter.name)
@@ -103,11 +104,12 @@ class IPAdapterObjective(Objective):
         latents = batch["latents"].float()
         noise = draws.randn(*latents.shape[1:])
         t = draws.randint(len(self.alphas_cumprod))
+        alphas = self.alphas_cumprod[t]
         tokens = self.adapter(batch["features"].to(next(self.adapter.parameters()).dtype))
         # Not cleared afterwards: gradient checkpointing runs the UNet once more on the way back.
         self.context.set_tokens(tokens, adapter=self.adapter)
-        predicted = self._predict(add_noise(latents, noise, self.alphas_cumprod[t]), t, batch)
-        return {"loss": F.mse_loss(predicted.float(), noise)}
+        predicted = self._predict(add_noise(latents, noise, alphas), t, batch)
+        return {"loss": noise_loss(predicted, noise, alphas, self.snr_limit)}
 
     def save(
         self,
@@ -158,6 +160,23 @@ def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """sqrt(a) x + sqrt(1 - a) noise, with a (B,) one per row. DDPM, equation 4."""
     a = alphas_cumprod.reshape(-1, 1, 1, 1)
     return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+def noise_loss(
+    predicted: Tensor, noise: Tensor, alphas_cumprod: Tensor, snr_limit: float | None = None
+) -> Tensor:
+    """Mean squared error of the predicted noise, (B, C, h, w) both, with alphas_cumprod (B,) one per row.
+
+    Plain (`snr_limit` None) it is DDPM's loss, most of which comes from the last, fine steps. With a limit a
+    row counts as the picture's own error times min(SNR + 1, limit): Salimans & Ho 2022 (arXiv 2202.00512),
+    section 4, cut off as Hang et al. 2023 (arXiv 2303.09556) do. Models too small for both then spend
+    themselves on the steps that decide shapes.
+    """
+    if snr_limit is None:
+        return F.mse_loss(predicted.float(), noise)
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    errors = (predicted.float() - noise).pow(2).mean(dim=(1, 2, 3))
+    return (errors * (snr + 1).clamp(max=snr_limit) / snr).mean()
 
 
 def _replace(values: Tensor, rows: Tensor, null: Tensor) -> Tensor:
