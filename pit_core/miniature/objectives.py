@@ -104,7 +104,7 @@ class ReaderObjective(Objective):
 
 
 class UNetObjective(Objective):
-    """DDPM's epsilon loss at uniform steps, text from the frozen encoder; ``snr_limit`` as in ``noise_loss``."""
+    """The epsilon loss at uniform steps, text from the frozen encoder; ``snr_limit`` as in ``noise_loss``."""
 
     alphas_cumprod: Tensor
 
