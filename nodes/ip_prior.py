@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..pit_core.errors import PitError
@@ -44,6 +44,7 @@ class PiTLoadPrior(io.ComfyNode):
                     tooltip="What the file is: tokens, size, how many parts, whether it takes a reference.",
                 ),
             ],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -55,7 +56,8 @@ class PiTLoadPrior(io.ComfyNode):
         name = "ip_prior.safetensors"
         path = MINIATURE_WEIGHTS / name if file == MINIATURE else host.path_of("ip_prior", file)
         prior = host.ManagedPrior(path)
-        return io.NodeOutput(prior, report(prior))
+        text = report(prior)
+        return io.NodeOutput(prior, text, ui=ui.PreviewText(text))
 
 
 class PiTSamplePrior(io.ComfyNode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..pit_core.errors import PitError
@@ -52,6 +52,7 @@ class PiTLoadIPAdapter(io.ComfyNode):
                     tooltip="What the file is: kind, tokens, width, model family, image encoder.",
                 ),
             ],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -62,8 +63,10 @@ class PiTLoadIPAdapter(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         name = "ip_adapter_plus.safetensors"
         path = MINIATURE_WEIGHTS / name if file == MINIATURE else host.path_of("ipadapter", file)
-        managed = host.ManagedAdapter(path)
-        return io.NodeOutput(managed, f"{path.name}: {describe_adapter(managed.adapter)}")
+        managed = host.load_adapter(path)
+        number = managed.adapter.content_hash[:8]  # 'Preview IP Tokens' shows the same
+        report = f"{path.name}: {describe_adapter(managed.adapter)}; adapter {number}"
+        return io.NodeOutput(managed, report, ui=ui.PreviewText(report))
 
 
 class PiTEncodeImage(io.ComfyNode):
@@ -371,12 +374,9 @@ class PiTApplyTokens(io.ComfyNode):
         sigmas = host.sigmas_of(model, start_at, end_at)
         if not weights:
             return io.NodeOutput(model)
-        applications = [
-            host.make_application(
-                model, ip_adapter, cond, null, weights, scaling=embeds_scaling, sigmas=sigmas, mask=region
-            )
-            for cond, null, region in pieces
-        ]
+        applications = host.make_applications(
+            model, ip_adapter, pieces, weights, scaling=embeds_scaling, sigmas=sigmas
+        )
         return io.NodeOutput(host.apply(model, layers, applications))
 
 

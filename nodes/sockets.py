@@ -20,7 +20,10 @@ _SCHEMA_FIELDS = {field.name for field in fields(io.Schema)}
 
 
 def schema(node_id: str, name: str, description: str, aliases: list[str], **rest: Any) -> Any:
-    """A node's schema; what an older host does not know of is left out."""
+    """A node's schema; what an older host does not know of is left out.
+
+    has_intermediate_output: a cached node shows its report again.
+    """
     options = {"search_aliases": [*aliases, *ALIASES], **rest}
     known = {key: value for key, value in options.items() if key in _SCHEMA_FIELDS}
     return io.Schema(node_id=node_id, display_name=name, category=CATEGORY, description=description, **known)

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..pit_core.errors import PitError
 from ..pit_core.ip_adapter.token_picture import token_picture
-from ..pit_core.ip_adapter.tokens import OPERATIONS, IPTokens, combine, load_ip_tokens, save_ip_tokens
+from ..pit_core.ip_adapter.tokens import EXTRAS, OPERATIONS, IPTokens, combine, load_ip_tokens, save_ip_tokens
 from . import host
 from .images import to_image
 from .sockets import IPTokensSocket, schema
@@ -85,7 +85,7 @@ class PiTSaveTokens(io.ComfyNode):
     def execute(cls, tokens: IPTokens, filename_prefix: str = "tokens") -> io.NodeOutput:
         path, name = host.new_token_file(filename_prefix)
         save_ip_tokens(path, checked(tokens, "tokens"))
-        return io.NodeOutput(ui={"text": (f"Saved {tokens} as {name}",)})
+        return io.NodeOutput(ui=ui.PreviewText(f"Saved {tokens} as {name}"))
 
 
 class PiTLoadTokens(io.ComfyNode):
@@ -108,6 +108,7 @@ class PiTLoadTokens(io.ComfyNode):
                     display_name="tokens", tooltip="The tokens as they were saved, with their nulls."
                 )
             ],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -118,7 +119,8 @@ class PiTLoadTokens(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         if file == NOTHING:
             raise PitError("file: no tokens have been saved yet; save some with 'Save IP Tokens'.")
-        return io.NodeOutput(load_ip_tokens(host.path_of(host.TOKENS, file)))
+        tokens = load_ip_tokens(host.path_of(host.TOKENS, file))
+        return io.NodeOutput(tokens, ui=ui.PreviewText(report(tokens)))
 
 
 class PiTPreviewTokens(io.ComfyNode):
@@ -140,7 +142,22 @@ class PiTPreviewTokens(io.ComfyNode):
     @classmethod
     def execute(cls, tokens: IPTokens) -> io.NodeOutput:
         picture = to_image(token_picture(checked(tokens, "tokens")))
-        return io.NodeOutput(picture, str(tokens), ui=ui.PreviewImage(picture, cls=cls))
+        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(report(tokens)).as_dict()}
+        return io.NodeOutput(picture, str(tokens), ui=shown)
+
+
+def report(tokens: IPTokens) -> str:
+    """What a picture of tokens does not say, in lines: how many, how long, and what they come from."""
+    lengths = tokens.tokens.norm(dim=-1)
+    null = "" if tokens.null is None else f" (null: {tokens.null.norm(dim=-1).mean():.3g})"
+    carried = [name for name in EXTRAS if getattr(tokens, name) is not None]
+    lines = [
+        str(tokens),
+        f"token lengths {lengths.min():.3g} to {lengths.max():.3g}, mean {lengths.mean():.3g}{null}",
+        f"carries {', '.join(carried) or 'neither null nor white'}",
+        f"made with adapter {tokens.adapter[:8]}" if tokens.adapter else "made with an unknown adapter",
+    ]
+    return "\n".join(lines)
 
 
 def checked(value: Any, name: str) -> IPTokens:

@@ -77,6 +77,17 @@ class _PreviewImage:
     def __init__(self, image: Tensor, cls: Any = None) -> None:
         self.image = image
 
+    def as_dict(self) -> dict[str, Any]:
+        return {"images": [{"filename": "shown.png"}], "animated": (False,)}
+
+
+class _PreviewText:
+    def __init__(self, value: str) -> None:
+        self.value = value
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"text": (self.value,)}
+
 
 IO = SimpleNamespace(
     ComfyNode=type("ComfyNode", (), {}),
@@ -358,12 +369,15 @@ def install(folder: Path) -> tuple[State, list[str]]:
             "get_torch_device": lambda: torch.device("cpu"),
             "unet_offload_device": lambda: torch.device("cpu"),
             "load_model_gpu": lambda patcher: None,
+            "current_loaded_models": [],
             "throw_exception_if_processing_interrupted": stop_if_asked,
         },
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
         "comfy.ops": {"manual_cast": SimpleNamespace(Linear=_CastingLinear, LayerNorm=_CastingNorm)},
         "comfy.patcher_extension": {
-            "WrappersMP": SimpleNamespace(CALC_COND_BATCH="calc_cond_batch"),
+            "WrappersMP": SimpleNamespace(
+                CALC_COND_BATCH="calc_cond_batch", PREDICT_NOISE="predict_noise"
+            ),
             "CallbacksMP": SimpleNamespace(ON_CLEANUP="on_cleanup"),
         },
         "comfy.sd": {},
@@ -375,7 +389,10 @@ def install(folder: Path) -> tuple[State, list[str]]:
         "comfy.ldm.modules": {},
         "comfy.ldm.modules.attention": {"optimized_attention": optimized_attention},
         "comfy_api": {},
-        "comfy_api.latest": {"io": IO, "ui": SimpleNamespace(PreviewImage=_PreviewImage)},
+        "comfy_api.latest": {
+            "io": IO,
+            "ui": SimpleNamespace(PreviewImage=_PreviewImage, PreviewText=_PreviewText),
+        },
         "folder_paths": _folder_paths(folder),
     }
     for name, content in modules.items():
