@@ -7,15 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from comfy_api.latest import io
+from PIL import Image
 from torch import Tensor
 
 from ..pit_core.errors import PitError
 from ..pit_core.files import load_tensors
+from ..pit_core.parts.canvas import on_white_square
 from . import host
+from .images import to_image
 from .sockets import schema
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "pit_core" / "miniature" / "weights"
+MINIATURE_FOLDER = Path(__file__).resolve().parent.parent / "pit_core" / "miniature"
+WEIGHTS, PARTS = MINIATURE_FOLDER / "weights", MINIATURE_FOLDER / "parts"
+PART_PIXELS = 256
 UNET = "diffusion_pytorch_model.safetensors"
 TEXT_HEADS = 4
 
@@ -26,8 +32,8 @@ class PiTMiniatureSDXL(io.ComfyNode):
         return schema(
             "PiTMiniatureSDXL",
             "Miniature SDXL",
-            "A complete tiny SDXL that draws critters of 128 x 128 pixels within seconds on any laptop. It "
-            "ships with this pack; nothing is downloaded.",
+            "A complete tiny SDXL that draws critters of 128 x 128 pixels within seconds on any laptop, and "
+            "pictures to try it on. It ships with this pack; nothing is downloaded.",
             ["demo model", "tiny sdxl", "critters"],
             inputs=[],
             outputs=[
@@ -37,12 +43,21 @@ class PiTMiniatureSDXL(io.ComfyNode):
                 io.ClipVision.Output(
                     display_name="clip_vision", tooltip="The image encoder of the miniature's IP-Adapter."
                 ),
+                io.Image.Output(
+                    display_name="sample parts",
+                    tooltip="Ten parts of critters: bodies 0 and 1, ears 2 and 3, eyes 4 and 5, tails 6 and "
+                    "7, wings 8 and 9. 'Get Image from Batch' takes one out.",
+                ),
+                io.Image.Output(
+                    display_name="sample pictures",
+                    tooltip="Four critters: on the beach 0, of pixels 1, a blue one 2, a green one 3.",
+                ),
             ],
         )
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load_miniature(WEIGHTS))
+        return io.NodeOutput(*load_miniature(WEIGHTS), sample_parts(PARTS), sample_pictures())
 
 
 def load_miniature(weights: Path) -> tuple[Any, Any, Any, Any]:
@@ -54,6 +69,55 @@ def load_miniature(weights: Path) -> tuple[Any, Any, Any, Any]:
     model = host.build_sdxl(_config(weights / "unet"), partial(_tensors, weights / "unet" / UNET))
     vae = host.build_vae(_config(weights / "vae"), _tensors(weights / "vae" / UNET))
     return model, _clip(weights / "text_encoder.safetensors"), vae, _vision(weights)
+
+
+def sample_parts(folder: Path) -> Tensor:
+    """The pack's part pictures as IMAGE (10, 256, 256, 3), each on white, in the order of kinds and names."""
+    files = sorted(folder.glob("*/*.png"))
+    if not files:
+        raise PitError(
+            "The miniature's part pictures are missing from this installation; install the complete pack "
+            "again."
+        )
+    return torch.cat([to_image(on_white_square(Image.open(file), PART_PIXELS, 1.0)) for file in files])
+
+
+def sample_pictures() -> Tensor:
+    """Four whole critters as IMAGE (4, 256, 256, 3): on the beach, of pixels, a blue one, a green one."""
+    from ..pit_core.miniature.critters import Critter, Part, render
+
+    critters = (
+        Critter(
+            body=Part("turnip", "orange"),
+            eyes=Part("round", "blue"),
+            ears=Part("cat", "orange"),
+            wings=Part("feather", "cyan"),
+            tail=Part("bushy", "red"),
+            scene="beach",
+            scene_seed=3,
+        ),
+        Critter(
+            body=Part("round", "purple"),
+            eyes=Part("cyclops", "green"),
+            ears=Part("antenna", "pink"),
+            tail=Part("fin", "cyan"),
+            style="pixel",
+        ),
+        Critter(
+            body=Part("box", "blue"),
+            eyes=Part("round", "orange"),
+            ears=Part("bunny", "cyan"),
+            wings=Part("bat", "purple"),
+        ),
+        Critter(
+            body=Part("pear", "green"),
+            eyes=Part("sleepy", "red"),
+            ears=Part("horn", "yellow"),
+            wings=Part("leaf", "yellow"),
+            build=0.9,
+        ),
+    )
+    return torch.cat([to_image(render(critter, PART_PIXELS)) for critter in critters])
 
 
 def _clip(path: Path) -> Any:
