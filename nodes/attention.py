@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,18 +19,48 @@ from ..pit_core.ip_adapter.attention import image_term, resize_mask, token_grid
 from ..pit_core.ip_adapter.weights import LayerWeight, scaled_keys_values
 
 COND, UNCOND = 0, 1
-AREAS = "pit_areas"  # the key under which a run tells its patches where a condition's area lies
+HALVES = "pit_halves"  # under this key a run tells its patches each condition's half: uuid -> COND or UNCOND
+VIEW = "pit_view"  # and under this one, what part of the latents the model is shown
 Attention = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 KeysValues = Mapping[int, tuple[Tensor, Tensor]]
 """Layer index n -> K and V, (B, T, width) on the CPU."""
+Area = tuple[int, int, int, int]
+"""(height, width, top, left) in latent pixels."""
 
 
-@dataclass(frozen=True)
-class Areas:
-    """One step's conditions that cover only part of the picture: uuid -> (height, width, top, left)."""
+@dataclass(frozen=True, eq=False)
+class View:
+    """What the model is shown of the latents in one step.
 
-    latent: tuple[int, int]
-    by_uuid: Mapping[Any, tuple[int, int, int, int]]
+    shape: of the whole, (pictures, channels, height, width). sigmas: the step's noise level. areas: uuid of a
+    condition -> what it covers, for those that do not cover all. window: (dimension, indices) where the host
+    shows one window after the other: some of the pictures (dimension 0), rows (2) or columns (3).
+    """
+
+    shape: tuple[int, ...]
+    sigmas: Tensor
+    areas: Mapping[Any, Area]
+    window: tuple[int, tuple[int, ...]] | None = None
+
+    @cached_property
+    def sigma(self) -> float:
+        """Read once a step: every reading waits for the device."""
+        return float(self.sigmas.max())
+
+    @property
+    def pictures(self) -> tuple[int, ...] | None:
+        """The numbers of the pictures that are shown; None for all."""
+        return self.window[1] if self.window is not None and self.window[0] == 0 else None
+
+    def part_of(self, mask: Tensor, area: Area | None) -> Tensor:
+        """What is shown of a mask over the whole picture, (B, H, W); areas lie inside the window."""
+        if self.pictures is None and self.window is not None:
+            dimension, indices = self.window
+            mask = mask.index_select(dimension - 1, torch.tensor(indices))  # a mask has no channels
+        if area is not None:
+            height, width, top, left = area
+            mask = mask[:, top : top + height, left : left + width]
+        return mask
 
 
 @dataclass(eq=False)
@@ -61,47 +92,40 @@ class Application:
 
     def term(self, q: Tensor, n: int, options: Mapping[str, Any]) -> Tensor:
         """What these tokens add to layer n: queries (rows, N, width) -> the same shape."""
-        order = list(options.get("cond_or_uncond") or [COND])
-        rows = q.shape[0] // len(order)
-        halves = [self._rows(n, kind, rows, q) for kind in order]
-        k, v = (torch.cat([half[i] for half in halves]) for i in (0, 1))
-        mask = None if self.mask is None else self._masks(q, rows, order, options)
-        return image_term(q, k, v, options["n_heads"], halves[0][2], mask)
+        halves, view = _halves(options), options.get(VIEW)
+        rows = q.shape[0] // len(halves)
+        found = {half: self._on_device(n, half, q) for half in set(halves)}
+        k, v = (torch.cat([_spread(found[half][i], rows, view, "tokens") for half in halves]) for i in (0, 1))
+        mask = None if self.mask is None else self._masks(q, rows, len(halves), options)
+        return image_term(q, k, v, options["n_heads"], found[halves[0]][2], mask)
 
-    def _rows(self, n: int, kind: int, rows: int, like: Tensor) -> tuple[Tensor, Tensor, float]:
-        k, v, weight = self._on_device(n, kind, like)
-        return _tiled(k, rows, "tokens"), _tiled(v, rows, "tokens"), weight
-
-    def _on_device(self, n: int, kind: int, like: Tensor) -> tuple[Tensor, Tensor, float]:
-        place = (n, kind, like.dtype, like.device)
+    def _on_device(self, n: int, half: int, like: Tensor) -> tuple[Tensor, Tensor, float]:
+        place = (n, half, like.dtype, like.device)
         if place not in self._kept:
             layer = self.weights[n]
-            source = self.cond if layer.swapped or kind == COND else self.uncond
+            source = self.cond if layer.swapped or half == COND else self.uncond
             k, v = (t.float() for t in source[n])
             k, v, weight = scaled_keys_values(k, v, layer.weight, self.scaling)
-            if layer.swapped and kind == COND:  # attention to values of zero adds nothing
+            if layer.swapped and half == COND:  # attention to values of zero adds nothing
                 k, v = torch.zeros_like(k), torch.zeros_like(v)
             self._kept[place] = (k.to(like), v.to(like), weight)
         return self._kept[place]
 
-    def _masks(self, q: Tensor, rows: int, order: Sequence[int], options: Mapping[str, Any]) -> Tensor:
-        grid = _grid(q.shape[1], options)
-        areas, uuids = options.get(AREAS), options.get("uuids") or [None] * len(order)
-        boxes = [None if areas is None else areas.by_uuid.get(uuid) for uuid in uuids]
-        return torch.cat([_tiled(self._mask(grid, box, areas, q), rows, "mask") for box in boxes])
+    def _masks(self, q: Tensor, rows: int, conditions: int, options: Mapping[str, Any]) -> Tensor:
+        grid, view = _grid(q.shape[1], options), options.get(VIEW)
+        areas = {} if view is None else view.areas
+        boxes = [areas.get(uuid) for uuid in _uuids(options, conditions)]
+        return torch.cat([_spread(self._mask(grid, box, view, q), rows, view, "mask") for box in boxes])
 
-    def _mask(
-        self, grid: tuple[int, int], box: tuple[int, ...] | None, areas: Areas | None, like: Tensor
-    ) -> Tensor:
-        """The mask on a layer's tokens, (1 or pictures, N); of a condition's area, its share of the mask."""
-        place = ("mask", grid, box, like.dtype, like.device)
+    def _mask(self, grid: tuple[int, int], area: Area | None, view: View | None, like: Tensor) -> Tensor:
+        """The mask on a layer's tokens, (1 or pictures, N): of what is shown, its own share of the mask."""
+        window = None if view is None or view.pictures else view.window
+        place = ("mask", grid, area, window, like.dtype, like.device)
         if place not in self._kept:
             mask = self.mask
-            if box is not None and areas is not None:
-                height, width, top, left = box
-                latent = areas.latent
-                mask = resize_mask(mask, latent).unflatten(1, latent)
-                mask = mask[:, top : top + height, left : left + width]
+            if view is not None and (area or window):
+                latent = (view.shape[-2], view.shape[-1])
+                mask = view.part_of(resize_mask(mask, latent).unflatten(1, latent), area)
             self._kept[place] = resize_mask(mask, grid).to(like)
         return self._kept[place]
 
@@ -144,18 +168,27 @@ def stacked(
     return StackedAttention(n, [application], attention, before)
 
 
-_last_sigma: tuple[Any, float] = (None, 0.0)
+def _halves(options: Mapping[str, Any]) -> list[int]:
+    """The half of each condition in a batch: as its guider calls it, else by its number, where 0 is cond."""
+    numbers = list(options.get("cond_or_uncond") or [COND])
+    told, uuids = options.get(HALVES) or {}, _uuids(options, len(numbers))
+    by_number = [COND if number == COND else UNCOND for number in numbers]
+    return [told.get(uuid, half) for uuid, half in zip(uuids, by_number, strict=True)]
+
+
+def _uuids(options: Mapping[str, Any], conditions: int) -> list[Any]:
+    """The conditions' own names; None each where a pack that batches by its own rules tells none."""
+    uuids = list(options.get("uuids") or [])
+    return uuids if len(uuids) == conditions else [None] * conditions
 
 
 def _sigma(options: Mapping[str, Any]) -> float:
-    """The step's noise level. Read once a step: every reading waits for the device."""
-    global _last_sigma
-    sigmas = options.get("sigmas")
+    view, sigmas = options.get(VIEW), options.get("sigmas")
+    if view is not None:
+        return view.sigma
     if sigmas is None:
         raise PitError("start_at and end_at need the noise level of each step, but this sampler tells none.")
-    if _last_sigma[0] is not sigmas:
-        _last_sigma = (sigmas, float(sigmas.max()))
-    return _last_sigma[1]
+    return float(sigmas.max())
 
 
 def _grid(tokens: int, options: Mapping[str, Any]) -> tuple[int, int]:
@@ -167,13 +200,17 @@ def _grid(tokens: int, options: Mapping[str, Any]) -> tuple[int, int]:
     return token_grid(tokens, (int(height), int(width)))
 
 
-def _tiled(t: Tensor, rows: int, what: str) -> Tensor:
-    """One row for all pictures of a batch, or the rows over and over, as the host repeats batches."""
-    if rows % t.shape[0]:
+def _spread(t: Tensor, rows: int, view: View | None, what: str) -> Tensor:
+    """One row for all pictures shown, or the rows over and over, as the host repeats batches."""
+    pictures = None if view is None else view.pictures
+    whole = rows if pictures is None else view.shape[0]
+    if whole % t.shape[0]:
         raise PitError(
-            f"The {what} have {t.shape[0]} rows, but the batch has {rows} pictures; give 1 row, or as many "
+            f"The {what} have {t.shape[0]} rows, but the batch has {whole} pictures; give 1 row, or as many "
             "as there are pictures."
         )
-    return (
-        t.expand(rows, *t.shape[1:]) if t.shape[0] == 1 else t.repeat(rows // t.shape[0], *[1] * (t.ndim - 1))
-    )
+    if t.shape[0] == 1:
+        return t.expand(rows, *t.shape[1:])
+    if pictures is not None:
+        return t[[i % t.shape[0] for i in pictures]]
+    return t.repeat(rows // t.shape[0], *[1] * (t.ndim - 1))

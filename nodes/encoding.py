@@ -17,7 +17,9 @@ from . import host
 KEPT = 512  # pictures; 16 tokens of width 2048 are 128 KiB each
 FULL_ENCODER, FULL_CANVAS = 224, 1024  # the released encoder, and the square that its parts were put on
 
-_kept: OrderedDict[tuple[int, str, str], Tensor] = OrderedDict()
+Key = tuple[int, str, str]
+"""The encoder's number, the adapter's hash, and the picture's, or the name of a null."""
+_kept: OrderedDict[Key, Tensor] = OrderedDict()
 
 
 class Encoding:
@@ -44,12 +46,24 @@ class Encoding:
             if keys[-1] not in _kept:
                 missing[keys[-1]] = pixels
         found = {key: _kept[key] for key in keys if key in _kept}
-        if missing:
-            self.managed.projector.load()
-            rows = encode_tokens(self.encoder, self.adapter, torch.cat(list(missing.values())), chunk).cpu()
-            found.update(zip(missing, rows, strict=True))
         _keep(found)
+        if missing:
+            found.update(self._encoded(missing, max(1, chunk)))
         return torch.stack([found[key] for key in keys])
+
+    def _encoded(self, missing: dict[Key, Tensor], chunk: int) -> dict[Key, Tensor]:
+        """Pixels by key -> tokens by key. What was done when the user stops is kept."""
+        self.managed.projector.load()
+        found: dict[Key, Tensor] = {}
+        tell, keys = host.progress(len(missing)), list(missing)
+        for start in range(0, len(keys), chunk):
+            part = keys[start : start + chunk]
+            pixels = torch.cat([missing[key] for key in part])
+            rows = encode_tokens(self.encoder, self.adapter, pixels, chunk).cpu()
+            found.update(zip(part, rows, strict=True))
+            _keep({key: found[key] for key in part})
+            tell(start + len(part))
+        return found
 
     def null(self, kind: str | None) -> Tensor:
         """Tokens (1, T, D) of "no image"; None takes what the adapter was trained with."""
@@ -61,7 +75,7 @@ class Encoding:
         return _kept[key][None]
 
 
-def _keep(found: dict[tuple[int, str, str], Tensor]) -> None:
+def _keep(found: dict[Key, Tensor]) -> None:
     for key, row in found.items():
         _kept[key] = row
         _kept.move_to_end(key)

@@ -6,7 +6,7 @@ import json
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,24 @@ from ..pit_core.ip_adapter.weights import LayerWeight
 from ..pit_core.ip_prior.checkpoint import load_prior
 from ..pit_core.ip_prior.info import PriorInfo
 from ..pit_core.ip_prior.model import IPPrior
-from .attention import AREAS, Application, Areas, KeysValues, StackedAttention, stacked
+from .attention import (
+    COND,
+    HALVES,
+    UNCOND,
+    VIEW,
+    Application,
+    Area,
+    KeysValues,
+    StackedAttention,
+    View,
+    stacked,
+)
 
 KEY = "piece_it_together"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 TOKEN_FILES = {".safetensors"}
 TOKENS = "ip_tokens"
+EVERYTHING = 1e30  # bytes, more than any device has
 KEPT_RUNS = 4  # keys and values kept per adapter, so that another weight does not compute them again
 
 # folders
@@ -128,12 +140,19 @@ class Managed:
         comfy.model_management.load_model_gpu(self.patcher)
         return self.patcher.load_device
 
+    def unload(self) -> None:
+        """Take it off the device, if it is there."""
+        loaded = comfy.model_management.current_loaded_models
+        others = [each for each in loaded if each.model is not self.patcher]
+        if len(others) < len(loaded):
+            comfy.model_management.free_memory(EVERYTHING, self.patcher.load_device, others)
+
 
 class ManagedAdapter:
     """An IP-Adapter. Its projection and its layers are separate models: neither is needed with the other."""
 
-    def __init__(self, path: Path) -> None:
-        self.adapter: IPAdapter = load_ip_adapter(path, operations=comfy.ops.manual_cast)
+    def __init__(self, adapter: IPAdapter) -> None:
+        self.adapter = adapter
         self.projector = Managed(self.adapter.image_proj)
         self.layers = Managed(self.adapter.ip_adapter)
         self._kept: OrderedDict[tuple[str, torch.dtype], KeysValues] = OrderedDict()
@@ -155,6 +174,11 @@ class ManagedAdapter:
         while len(self._kept) > KEPT_RUNS:
             self._kept.popitem(last=False)
         return self._kept[place]
+
+
+def load_adapter(path: Path) -> ManagedAdapter:
+    """An adapter of any released layout, on the host's layers. Raises PitError as load_ip_adapter does."""
+    return ManagedAdapter(load_ip_adapter(path, operations=comfy.ops.manual_cast))
 
 
 class ManagedPrior:
@@ -214,7 +238,9 @@ class HostEncoder:
 
 def layers_of_model(model: Any) -> list[AttentionLayer]:
     """The text cross-attention layers of a MODEL. Raises PitError for a model that has none."""
-    network = model.model.diffusion_model
+    network = getattr(getattr(model, "model", None), "diffusion_model", None)
+    if network is None:
+        raise PitError(f"model is {type(model).__name__}, no diffusion model; connect a MODEL output.")
     shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
     return layers_of_ldm_shapes(shapes)
 
@@ -234,22 +260,39 @@ def sigmas_of(model: Any, start: float, end: float) -> tuple[float, float] | Non
     return float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end))
 
 
-def make_application(
+def make_applications(
+    model: Any,
+    adapter: ManagedAdapter,
+    pieces: Iterable[tuple[Tensor, Tensor, Tensor | None]],
+    weights: Mapping[int, LayerWeight],
+    **options: Any,
+) -> list[Application]:
+    """One Application for each (tokens, unconditional tokens, mask); options are Application's.
+
+    Keys and values are computed here, once. Sampling has no use for the adapter's layers, which therefore
+    leave the device.
+    """
+    try:
+        return [_application(model, adapter, *piece, weights, options) for piece in pieces]
+    finally:
+        adapter.layers.unload()
+
+
+def _application(
     model: Any,
     adapter: ManagedAdapter,
     tokens: Tensor,
     uncond: Tensor,
+    mask: Tensor | None,
     weights: Mapping[int, LayerWeight],
-    **options: Any,
+    options: Mapping[str, Any],
 ) -> Application:
-    """Keys and values of both halves, computed once, with what Application takes besides."""
     dtype = model.model_dtype()
     keys = [_token_key(adapter, t) for t in (tokens, uncond)]
     cond, other = (adapter.keys_values(k, t, dtype) for k, t in zip(keys, (tokens, uncond), strict=True))
-    mask = options.get("mask")
     rest = {**options, "mask": None if mask is None else hash_tensors({"mask": mask})}
     key = "|".join([*keys, repr(sorted(weights.items())), repr(sorted(rest.items()))])
-    return Application(key, cond, other, weights, **options)
+    return Application(key, cond, other, weights, mask=mask, **options)
 
 
 def _token_key(adapter: ManagedAdapter, tokens: Tensor) -> str:
@@ -293,11 +336,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tens
 
 
 def _watch(model: Any) -> None:
-    extension = comfy.patcher_extension
-    model.remove_wrappers_with_key(extension.WrappersMP.CALC_COND_BATCH, KEY)
-    model.add_wrapper_with_key(extension.WrappersMP.CALC_COND_BATCH, KEY, _tell_areas)
-    model.remove_callbacks_with_key(extension.CallbacksMP.ON_CLEANUP, KEY)
-    model.add_callback_with_key(extension.CallbacksMP.ON_CLEANUP, KEY, _release)
+    kinds = comfy.patcher_extension.WrappersMP
+    for kind, wrapper in ((kinds.PREDICT_NOISE, _tell_halves), (kinds.CALC_COND_BATCH, _tell_view)):
+        model.remove_wrappers_with_key(kind, KEY)
+        model.add_wrapper_with_key(kind, KEY, wrapper)
+    cleanup = comfy.patcher_extension.CallbacksMP.ON_CLEANUP
+    model.remove_callbacks_with_key(cleanup, KEY)
+    model.add_callback_with_key(cleanup, KEY, _release)
 
 
 def _release(model: Any) -> None:
@@ -306,25 +351,56 @@ def _release(model: Any) -> None:
         application.release()
 
 
-def _tell_areas(
-    executor: Callable[..., Any],
+# The wrappers' arguments are called as the host calls them: other packs may pass them on by name.
+
+
+def _tell_halves(
+    executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: int | None = None
+) -> Any:
+    """Let tokens know which conditions are negative ones: not every guider puts the positive ones first."""
+    groups = getattr(executor.class_obj, "conds", None) or {}
+    halves = {
+        entry["uuid"]: UNCOND if "negative" in name else COND
+        for name, group in groups.items()
+        for entry in group or ()
+        if "uuid" in entry
+    }
+    return executor(x, timestep, _with(model_options, HALVES, halves), seed)
+
+
+def _tell_view(
+    executor: Any,
     model: Any,
     conds: Sequence[Any],
-    x: Tensor,
+    x_in: Tensor,
     timestep: Tensor,
-    options: dict[str, Any],
+    model_options: dict[str, Any],
 ) -> Any:
-    """Let masks know which part of the picture a condition with an area covers."""
+    """Let tokens and masks know what part of the latents the model is shown, and at what noise level."""
+    shape, window = _window(model_options.get("transformer_options", {}).get("context_window"), x_in)
     entries = [entry for group in conds if group is not None for entry in group]
     areas = {e["uuid"]: tuple(e["area"]) for e in entries if e.get("area") is not None and "uuid" in e}
-    boxes = {uuid: _within(area, x.shape[-2:]) for uuid, area in areas.items() if len(area) == 4}
-    if boxes:
-        told = {AREAS: Areas(tuple(x.shape[-2:]), boxes)}
-        options = {**options, "transformer_options": {**options.get("transformer_options", {}), **told}}
-    return executor(model, conds, x, timestep, options)
+    boxes = {uuid: _within(area, x_in.shape[-2:]) for uuid, area in areas.items() if len(area) == 4}
+    view = View(shape, timestep, boxes, window)
+    return executor(model, conds, x_in, timestep, _with(model_options, VIEW, view))
 
 
-def _within(area: Sequence[int], latent: Sequence[int]) -> tuple[int, int, int, int]:
+def _with(model_options: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    told = {**model_options.get("transformer_options", {}), key: value}
+    return {**model_options, "transformer_options": told}
+
+
+def _window(window: Any, x: Tensor) -> tuple[tuple[int, ...], tuple[int, tuple[int, ...]] | None]:
+    """The whole latents' shape, and which part of them `x` is, out of the host's context window."""
+    shape = tuple(x.shape)
+    if window is None:
+        return shape, None
+    whole = (*shape[: window.dim], window.total_frames, *shape[window.dim + 1 :])
+    shown = window.get_tensor(torch.arange(window.total_frames), dim=0)
+    return whole, (window.dim, tuple(shown.tolist()))
+
+
+def _within(area: Sequence[int], latent: Sequence[int]) -> Area:
     height, width, top, left = (int(value) for value in area)
     return min(height, latent[0] - top), min(width, latent[1] - left), top, left
 

@@ -35,6 +35,20 @@ UNET = {
 }
 """diffusers' words for an SDXL family UNet with SDXL's eleven transformers."""
 
+SD15 = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [32, 32, 64, 64],
+    "layers_per_block": 2,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+    "norm_num_groups": 8,
+}
+"""A narrow SD1.5, with its sixteen layers and its text width."""
+
 
 class Bench:
     """What both benches share. folder: holds models/ and output/."""
@@ -198,9 +212,10 @@ class RealBench(Bench):
         folder_paths.set_temp_directory(str(folder / "temp"))
         super().__init__(folder)
 
-    def model(self) -> Any:
-        patcher, _ = self.host.empty_sdxl(UNET)
-        fill(patcher.model)
+    def model(self, salt: str = "", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+        patcher, _ = self.host.empty_sdxl({**UNET, **changes})
+        fill(patcher.model, salt)
+        patcher.model.diffusion_model.to(dtype).dtype = dtype
         return patcher
 
     def clip_vision(self, width: int = VISION, projection: int = PROJECTION) -> Any:
@@ -232,14 +247,15 @@ class RealBench(Bench):
         steps: int = 2,
         cfg: float = 3.0,
         groups: list[list[tuple[int, Any]]] | None = None,
+        conds: list[Any] | None = None,
+        latent: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
+        """options: the host's own, such as denoise, noise_mask and callback."""
         import comfy.sample
 
         noise = randn((1, 4, 8, 8), 7) if noise is None else noise
-        positive, negative = (
-            [[c, {"pooled_output": randn((1, POOLED), 5), **({"area": a} if a else {})}] for c, a in group]
-            for group in conditions(groups)
-        )
+        positive, negative = conds or self.conds(groups)
         with torch.inference_mode():
             return comfy.sample.sample(
                 model,
@@ -250,7 +266,16 @@ class RealBench(Bench):
                 "normal",
                 positive,
                 negative,
-                torch.zeros_like(noise),
+                torch.zeros_like(noise) if latent is None else latent,
                 disable_pbar=True,
                 seed=0,
+                **options,
             )
+
+    def conds(self, groups: list[list[tuple[int, Any]]] | None = None, **extras: Any) -> list[Any]:
+        """[positive, negative] as the host has them; extras go into every condition."""
+        pooled = {"pooled_output": randn((1, POOLED), 5)}
+        return [
+            [[c, {**pooled, **({"area": a} if a else {}), **extras}] for c, a in group]
+            for group in conditions(groups)
+        ]

@@ -43,6 +43,14 @@ def double(bench: benches.Bench) -> benches.DoubleBench:
     return bench
 
 
+@pytest.fixture
+def real(bench: benches.Bench) -> benches.RealBench:
+    """For what only ComfyUI itself can show."""
+    if not isinstance(bench, benches.RealBench):
+        pytest.skip("runs in ComfyUI itself")
+    return bench
+
+
 @pytest.fixture(autouse=True)
 def clean_folders(bench: benches.Bench) -> Iterator[None]:
     yield
