@@ -3,8 +3,9 @@
 
 import { app } from "../../scripts/app.js";
 
+const PREFIX = "PiT"; // of our nodes' ids
 const NAME = "report";
-const HEIGHT = 84; // pixels: five lines; longer text scrolls
+const HEIGHT = 108; // pixels: five lines and the margins; longer text scrolls
 
 const STYLE = {
   margin: "0",
@@ -44,11 +45,18 @@ function show(node, output) {
 app.registerExtension({
   name: "PieceItTogether.Report",
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (!nodeData.name.startsWith("PiT")) return;
+    if (!nodeData.name.startsWith(PREFIX)) return;
     const before = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output) {
       before?.apply(this, arguments);
       show(this, output);
     };
+  },
+  // Another tab and back: the page makes the nodes anew, and tells what they last showed.
+  onNodeOutputsUpdated(outputs) {
+    for (const [id, output] of Object.entries(outputs)) {
+      const node = app.graph.getNodeById(id);
+      if (node?.type.startsWith(PREFIX)) show(node, output);
+    }
   },
 });

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..pit_core.errors import PitError
 from ..pit_core.ip_adapter.token_picture import token_picture
-from ..pit_core.ip_adapter.tokens import EXTRAS, OPERATIONS, IPTokens, combine, load_ip_tokens, save_ip_tokens
+from ..pit_core.ip_adapter.tokens import OPERATIONS, IPTokens, combine, load_ip_tokens, save_ip_tokens
 from . import host
 from .images import to_image
 from .sockets import IPTokensSocket, schema
@@ -147,14 +147,14 @@ class PiTPreviewTokens(io.ComfyNode):
 
 
 def report(tokens: IPTokens) -> str:
-    """What a picture of tokens does not say, in lines: how many, how long, and what they come from."""
+    """What a picture of tokens does not say, in short lines: how many, how long, where they come from."""
     lengths = tokens.tokens.norm(dim=-1)
-    null = "" if tokens.null is None else f" (null: {tokens.null.norm(dim=-1).mean():.3g})"
-    carried = [name for name in EXTRAS if getattr(tokens, name) is not None]
+    others = {name: value for name, value in tokens.tensors().items() if name != "tokens"}
+    carried = [f"{name} (length {value.norm(dim=-1).mean():.3g})" for name, value in others.items()]
     lines = [
         str(tokens),
-        f"token lengths {lengths.min():.3g} to {lengths.max():.3g}, mean {lengths.mean():.3g}{null}",
-        f"carries {', '.join(carried) or 'neither null nor white'}",
+        f"lengths {lengths.min():.3g} to {lengths.max():.3g}, mean {lengths.mean():.3g}",
+        *(f"with {each}" for each in carried or ["neither null nor white"]),
         f"made with adapter {tokens.adapter[:8]}" if tokens.adapter else "made with an unknown adapter",
     ]
     return "\n".join(lines)
