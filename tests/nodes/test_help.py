@@ -133,11 +133,14 @@ def texts(schema: Any) -> dict[str, Any]:
 
 
 def _inputs(entry: Any) -> dict[str, dict[str, str]]:
-    """One input; of a growing one also the slots that it grows, which have a tooltip only if it is here."""
+    """One input; of a growing one also the slots that it grows, which have a tooltip only if it is here.
+
+    Those get no name: the page looks for tooltips by the translated name, so theirs would be lost.
+    """
     found = {entry.id: {"name": shown(entry), "tooltip": entry.tooltip}}
     if template := getattr(entry, "template", None):
-        names = [f"{template.prefix}{i}" for i in range(template.max)]
-        found |= {f"{entry.id}_{n}": {"name": n, "tooltip": template.input.tooltip} for n in names}
+        grown = [f"{entry.id}_{template.prefix}{i}" for i in range(template.max)]
+        found |= {name: {"tooltip": template.input.tooltip} for name in grown}
     return found
 
 
