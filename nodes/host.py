@@ -103,7 +103,11 @@ def new_token_file(prefix: str) -> tuple[Path, str]:
     """A path that is free, numbered by the host's own rule, and its name below the folder for tokens."""
     folder = Path(folder_paths.get_output_directory()) / TOKENS
     inside(folder, prefix)
-    place, name, number, below, _ = folder_paths.get_save_image_path(prefix, str(folder))
+    try:
+        place, name, number, below, _ = folder_paths.get_save_image_path(prefix, str(folder))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PitError(f"The folder '{folder}' cannot be written to ({reason}); make it writable.") from error
     file = f"{name}_{number:05}_.safetensors"
     return Path(place) / file, f"{below}/{file}" if below else file
 

@@ -58,6 +58,8 @@ def _floats(images: Any, name: str) -> Tensor:
         )
     if not len(batch):
         raise PitError(f"{name} is an empty batch; give at least one picture.")
+    if not batch.is_floating_point() and batch.dtype != torch.uint8:
+        raise PitError(f"{name} holds {batch.dtype}, but images are floats from 0 to 1, or uint8.")
     batch = batch.detach().to("cpu", torch.float32) / (255 if batch.dtype == torch.uint8 else 1)
     if not torch.isfinite(batch).all():
         raise PitError(f"{name} holds NaN or infinite values; an earlier step produced a broken image.")

@@ -416,9 +416,11 @@ def _reference(encoding: Encoding, reference: Tensor | None) -> Tensor | None:
 def _projected(managed: host.ManagedAdapter, embeds: Any, name: str) -> Tensor:
     if not isinstance(embeds, Tensor):
         raise PitError(f"{name} is no tensor of embeds but {type(embeds).__name__}.")
+    if 0 in embeds.shape:
+        raise PitError(f"{name} is empty (its shape is {tuple(embeds.shape)}); give at least one picture's.")
     managed.projector.load()
     try:
-        return tokens_from_features(managed.adapter, embeds).cpu()
+        return tokens_from_features(managed.adapter, embeds.float()).cpu()
     except PitError as error:
         raise PitError(f"{name}: {error}") from error
 

@@ -77,6 +77,28 @@ def test_applications_stack_in_any_order(bench: Bench, model: Any, adapter: Any,
     assert not close(stack(1, 2, 3), stack(1, 2))
 
 
+def test_two_adapters_stack_in_either_order(bench: Bench, model: Any, adapter: Any) -> None:
+    """Each with a mask, a span of steps and a weight of its own; one that weighs nothing changes no bit."""
+    other = bench.adapter(name="second.safetensors", salt="second")
+    left, right = torch.zeros(2, 1, 8, 8)
+    left[..., :4], right[..., 3:] = 1, 1
+    settings = [
+        {"ip_adapter": adapter, "tokens": bench.tokens(1), "mask": left, "start_at": 0.2},
+        {"ip_adapter": other, "tokens": bench.tokens(2), "mask": right, "weight": 0.7},
+        {"ip_adapter": other, "tokens": bench.tokens(3), "weight": 0.0},
+    ]
+
+    def stack(*order: int) -> Tensor:
+        patched = model
+        for i in order:
+            patched = bench.first("PiTApplyTokens", model=patched, **settings[i])
+        return bench.sample(patched)
+
+    both = stack(0, 1)
+    assert torch.equal(both, stack(1, 0)) and torch.equal(both, stack(2, 1, 0))
+    assert not close(both, stack(0)) and not close(both, stack(1))
+
+
 def test_half_the_weight_twice_is_the_whole(bench: Bench, model: Any, adapter: Any) -> None:
     inputs = {"ip_adapter": adapter, "tokens": bench.tokens(1)}
     whole = bench.first("PiTApplyTokens", model=model, **inputs)
@@ -150,7 +172,7 @@ def test_rows_that_do_not_fit_the_batch_are_one_sentence(bench: Bench, model: An
     assert kept(bench, patched) == 0
 
 
-@pytest.mark.parametrize("size", [(8, 8), (7, 13), (16, 4)])
+@pytest.mark.parametrize("size", [(8, 8), (7, 13), (16, 4), (1, 1), (1, 9)])
 def test_any_latent_size_with_a_mask(bench: Bench, model: Any, adapter: Any, size: tuple[int, int]) -> None:
     noise = randn((1, 4, *size), 7)
     inputs = {"model": model, "ip_adapter": adapter, "tokens": bench.tokens(1)}
@@ -291,13 +313,11 @@ def test_the_dtype_follows_the_queries(bench: Bench, model: Any, adapter: Any, d
     bench.host._release(patched)
 
 
-def test_half_precision_models_keep_half_precision_keys(bench: Bench, adapter: Any) -> None:
-    """At SDXL's size: 70 layers, 83200 wide in all, 16 tokens, K and V, two bytes, both halves: 10.6 MB."""
+def test_half_precision_models_keep_half_precision_keys(bench: Bench) -> None:
     stored = bench.host._stored(torch.ones(1, 4, 8), torch.bfloat16)
     assert stored.dtype == torch.float16
     assert bench.host._stored(torch.full((1, 4, 8), 1e6), torch.float16).dtype == torch.float32
     assert bench.host._stored(torch.ones(1, 4, 8), torch.float32).dtype == torch.float32
-    assert (10 * 640 + 60 * 1280) * 16 * 2 * 2 * 2 <= 16e6
 
 
 def test_unconditional_tokens_of_the_right_half_only(bench: Bench, model: Any, adapter: Any) -> None:
