@@ -375,9 +375,7 @@ def install(folder: Path) -> tuple[State, list[str]]:
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
         "comfy.ops": {"manual_cast": SimpleNamespace(Linear=_CastingLinear, LayerNorm=_CastingNorm)},
         "comfy.patcher_extension": {
-            "WrappersMP": SimpleNamespace(
-                CALC_COND_BATCH="calc_cond_batch", PREDICT_NOISE="predict_noise"
-            ),
+            "WrappersMP": SimpleNamespace(CALC_COND_BATCH="calc_cond_batch", PREDICT_NOISE="predict_noise"),
             "CallbacksMP": SimpleNamespace(ON_CLEANUP="on_cleanup"),
         },
         "comfy.sd": {},
