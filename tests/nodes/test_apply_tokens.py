@@ -83,7 +83,7 @@ def test_two_adapters_stack_in_either_order(bench: Bench, model: Any, adapter: A
     left, right = torch.zeros(2, 1, 8, 8)
     left[..., :4], right[..., 3:] = 1, 1
     settings = [
-        {"ip_adapter": adapter, "tokens": bench.tokens(1), "mask": left, "start_at": 0.2},
+        {"ip_adapter": adapter, "tokens": bench.tokens(1), "mask": left, "end_at": 0.9},
         {"ip_adapter": other, "tokens": bench.tokens(2), "mask": right, "weight": 0.7},
         {"ip_adapter": other, "tokens": bench.tokens(3), "weight": 0.0},
     ]
