@@ -125,7 +125,7 @@ def _half(model: nn.Module, folder: Path, name: str) -> str:
 _WRITERS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], list[str]]]] = {
     "vae": (("decoder", "vae"), _vae),
     "encoders": (("vision",), _encoders),
-    "unet": (("unet-further", "unet"), _unet),
+    "unet": (trained.UNET_STAGES[::-1], _unet),
     "adapter": (("adapter",), _adapter),
     "prior": (("prior",), _prior),
     # The reader that served while tuning stays at home: figures come from the other one.

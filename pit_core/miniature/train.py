@@ -26,17 +26,18 @@ from .scale import scaled_config, set_scale
 from .sets import base_pictures, captioner, everything, pictures, vision_pictures
 from .tokenizer import WordTokenizer
 from .trained import (
+    UNET_STAGES,
     adapter_objective,
     alphas_cumprod,
     base_features,
     base_latents,
     concept_tokens,
-    first_unet,
     first_vae,
     start_from_shipped,
     trained_adapter,
     trained_encoders,
     trained_vae,
+    unet_before,
     vision_objective,
 )
 
@@ -174,18 +175,15 @@ def train_reader(out: Path, name: str, **options: Any) -> Result:
     return _train(stage, ReaderObjective(model), batches, out, validate=validate, **options)
 
 
-def train_unet(out: Path, **options: Any) -> Result:
-    """The SDXL-family UNet on cached latents and fresh captions."""
-    torch.manual_seed(RECIPES["unet"].seed)
-    objective = UNetObjective(models.build_unet(), alphas_cumprod())
-    return _train("unet", objective, _unet_batches(out), out, **options)
+def train_unet(out: Path, stage: str, **options: Any) -> Result:
+    """The SDXL-family UNet on cached latents and fresh captions.
 
-
-def train_unet_further(out: Path, **options: Any) -> Result:
-    """The same UNet further, from its average on, now for the steps that decide wings, ears and scenes."""
-    torch.manual_seed(RECIPES["unet-further"].seed)
-    objective = UNetObjective(first_unet(out), alphas_cumprod(), SNR_LIMIT)
-    return _train("unet-further", objective, _unet_batches(out), out, **options)
+    Its first stage learns to denoise, the later ones what is drawn where: wings, ears, scenes.
+    """
+    torch.manual_seed(RECIPES[stage].seed)
+    limit = None if stage == UNET_STAGES[0] else SNR_LIMIT
+    objective = UNetObjective(unet_before(out, stage), alphas_cumprod(), limit)
+    return _train(stage, objective, _unet_batches(out), out, **options)
 
 
 def _unet_batches(out: Path) -> Conditioned:
@@ -233,8 +231,7 @@ STAGES: dict[str, Callable[..., Result]] = {
     "decoder": train_decoder,
     "reader-tuning": partial(train_reader, name="tuning"),
     "reader-judge": partial(train_reader, name="judge"),
-    "unet": train_unet,
-    "unet-further": train_unet_further,
+    **{stage: partial(train_unet, stage=stage) for stage in UNET_STAGES},
     "adapter": train_adapter,
     "prior": train_prior,
 }

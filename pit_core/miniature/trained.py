@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,26 +156,30 @@ def trained_encoders(out: Path) -> tuple[Any, Any]:
     return objective.image_encoder.requires_grad_(False), objective.text_encoder
 
 
-def first_unet(out: Path) -> Any:
-    """The UNet after its first stage."""
+UNET_STAGES = ("unet", "unet-further", "unet-finish")  # each starts from the average of the one before
+
+
+def unet_before(out: Path, stage: str) -> Any:
+    """The UNet that a stage starts from: new for the first, else of the newest stage before it."""
+    earlier = UNET_STAGES[: UNET_STAGES.index(stage)]
+    return _newest_unet(out, earlier) if earlier else models.build_unet()
+
+
+def trained_unet(out: Path) -> Any:
+    """The UNet of its newest stage, frozen."""
+    return _newest_unet(out, UNET_STAGES).eval().requires_grad_(False)
+
+
+def _newest_unet(out: Path, stages: Sequence[str]) -> Any:
+    there = [stage for stage in stages if latest_checkpoint(out / stage)]
     shipped = _shipped(out, "unet")
-    if shipped:
+    if shipped and not there:
         from diffusers import UNet2DConditionModel
 
         return UNet2DConditionModel.from_pretrained(shipped.parent, local_files_only=True)
     unet = models.build_unet()
-    load_stage(UNetObjective(unet, alphas_cumprod()), out, "unet")
+    load_stage(UNetObjective(unet, alphas_cumprod()), out, there[-1] if there else stages[0])
     return unet
-
-
-def trained_unet(out: Path) -> Any:
-    """The UNet, frozen; of its second stage when there is one."""
-    unet = models.build_unet()
-    if latest_checkpoint(out / "unet-further"):
-        load_stage(UNetObjective(unet, alphas_cumprod()), out, "unet-further")
-    else:
-        unet = first_unet(out)
-    return unet.eval().requires_grad_(False)
 
 
 def adapter_objective(out: Path, image: Any, text: Any) -> IPAdapterObjective:
