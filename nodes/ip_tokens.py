@@ -142,7 +142,7 @@ class PiTEncodeParts(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        part = io.Image.Input("part", optional=True, tooltip="A picture of one part, or a batch of parts.")
+        part = io.Image.Input("part", tooltip="A picture of one part, or a batch of parts.")
         return schema(
             "PiTEncodeParts",
             "Encode Parts to IP Tokens",
@@ -182,14 +182,14 @@ class PiTEncodeParts(io.ComfyNode):
         cls,
         ip_adapter: host.ManagedAdapter,
         clip_vision: Any,
-        parts: dict[str, Tensor | None],
+        parts: dict[str, Tensor | None] | None = None,
         as_sketch: bool = False,
         reference: Tensor | None = None,
     ) -> io.NodeOutput:
         encoding = Encoding(clip_vision, _adapter(ip_adapter))
         pictures = [
             picture
-            for name, batch in parts.items()
+            for name, batch in (parts or {}).items()
             if batch is not None
             for picture in to_pictures(batch, name)
         ]

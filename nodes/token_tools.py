@@ -20,7 +20,7 @@ NOTHING = "(nothing saved yet)"
 class PiTCombineTokens(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        each = IPTokensSocket.Input("tokens", optional=True, tooltip="IP tokens of the same adapter.")
+        each = IPTokensSocket.Input("tokens", tooltip="IP tokens of the same adapter.")
         return schema(
             "PiTCombineTokens",
             "Combine IP Tokens",
@@ -56,8 +56,10 @@ class PiTCombineTokens(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, tokens: dict[str, Any], operation: str = "concat", amount: float = 0.5) -> io.NodeOutput:
-        given = {name: value for name, value in tokens.items() if value is not None}
+    def execute(
+        cls, tokens: dict[str, Any] | None = None, operation: str = "concat", amount: float = 0.5
+    ) -> io.NodeOutput:
+        given = {name: value for name, value in (tokens or {}).items() if value is not None}
         return io.NodeOutput(combine([checked(v, name) for name, v in given.items()], operation, amount))
 
 

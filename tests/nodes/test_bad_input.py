@@ -96,6 +96,8 @@ def test_parts_of_all_sizes_and_kinds(bench: Bench, models: dict[str, Any]) -> N
 
 def test_no_parts_and_transparent_parts(bench: Bench, models: dict[str, Any]) -> None:
     refused(bench, "parts is empty", "PiTEncodeParts", **models, parts={"part0": None})
+    refused(bench, "parts is empty", "PiTEncodeParts", **models)
+    refused(bench, "no tokens to combine", "PiTCombineTokens")
     clear = torch.zeros(1, 8, 8, 4)
     refused(bench, "wholly transparent", "PiTEncodeParts", **models, parts={"part0": clear})
     white = torch.ones(1, 8, 8, 3)

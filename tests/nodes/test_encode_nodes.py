@@ -140,6 +140,14 @@ def test_parts_as_sketches(bench: Bench, models: dict[str, Any]) -> None:
     assert not close(found.tokens, plain.tokens)
 
 
+@pytest.mark.parametrize("node", ["PiTEncodeParts", "PiTCombineTokens"])
+def test_slots_that_grow_are_not_optional(bench: Bench, node: str) -> None:
+    """ComfyUI 0.8 cannot read a graph whose growing slots are; those past the first are so anyway."""
+    inputs = bench.pack.NODE_CLASS_MAPPINGS[node].define_schema().inputs
+    templates = [entry.template for entry in inputs if getattr(entry, "template", None)]
+    assert len(templates) == 1 and templates[0].min == 1 and not templates[0].input.optional
+
+
 # embeds of another pack
 
 
