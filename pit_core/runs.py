@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import platform
 import random
 import re
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -27,6 +30,34 @@ FORMAT = "piece-it-together run"
 VERSION = 1
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".bin", ".ckpt", ".pt", ".pth", ".yaml")
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "pillow", "numpy")
+LARGE = 16 << 20  # bytes: from here on a file's hash is remembered
+REMEMBERED = 500  # files
+
+
+# paths
+
+
+def matched_paths(paths: Sequence[Path]) -> list[Path]:
+    """`paths` with patterns such as `parts/*.png` replaced by what they match, sorted.
+
+    Windows' shells hand patterns on as they are. A path that exists is never taken for a pattern, nor are the
+    folders of a pattern that exist. Raises PitError for a pattern that nothing matches.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if os.path.lexists(path) or not glob.has_magic(str(path)):
+            found.append(path)
+            continue
+        matches = sorted(glob.glob(_pattern(path), recursive=True))
+        if not matches:
+            raise PitError(f"Nothing matches the pattern '{path}'; look at its folder and its spelling.")
+        found += map(Path, matches)
+    return found
+
+
+def _pattern(path: Path) -> str:
+    base = next((parent for parent in path.parents if parent.is_dir()), None)  # none on a missing drive
+    return str(path) if base is None else os.path.join(glob.escape(str(base)), path.relative_to(base))
 
 
 # parts
@@ -92,7 +123,10 @@ def random_sets(paths: Sequence[Path], sets: int, seed: int, most: int) -> list[
 
 
 class RunFolder:
-    """Numbered names in an output folder: `003-contact-sheet.png`. No run writes over an earlier one."""
+    """Numbered names in an output folder: `003-contact-sheet.png`. No run writes over another one.
+
+    `number` is a guess until `writing` begins, which takes the number for this run alone.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
@@ -108,27 +142,50 @@ class RunFolder:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Inside, `add` names files to write; when the block fails, those of this run are removed again."""
-        self.number = self._next_number()
-        made = not self.folder.exists()
+        made, self.written = not self.folder.exists(), []
+        mark = self._reserve()
         try:
             yield
         except BaseException:
-            for path in self.written:
+            for path in (*self.written, mark):
                 path.unlink(missing_ok=True)
             if made and self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()
             raise
+        mark.unlink(missing_ok=True)
 
     def add(self, name: str) -> Path:
         path = self.path(name)
         self.written.append(path)
         return path
 
+    def _reserve(self) -> Path:
+        """Take the next free number, by a file that only one run can make and removes at its end."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while True:
+                self.number = self._next_number()
+                mark = self.path("unfinished")
+                try:
+                    mark.open("x").close()
+                except FileExistsError:
+                    continue
+                if self._taken().count(self.number) == 1:
+                    return mark
+                mark.unlink()  # another run took the number and was done in between
+        except OSError as error:
+            raise PitError(
+                f"'{self.folder}' cannot be written to; choose another folder with --out."
+            ) from error
+
     def _next_number(self) -> int:
+        return max(self._taken(), default=0) + 1
+
+    def _taken(self) -> list[int]:
+        """The number of each file that has one."""
         if not self.folder.is_dir():
-            return 1
-        taken = [int(m[1]) for entry in self.folder.iterdir() if (m := re.match(r"(\d{3,})-", entry.name))]
-        return max(taken, default=0) + 1
+            return []
+        return [int(m[1]) for entry in self.folder.iterdir() if (m := re.match(r"(\d{3,})-", entry.name))]
 
 
 def _check_writable(folder: Path) -> None:
@@ -137,6 +194,83 @@ def _check_writable(folder: Path) -> None:
     nearest = next((place for place in places if place.exists()), None)  # none on a drive that is not there
     if nearest is None or not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise PitError(f"'{folder}' cannot be written to; choose another folder with --out.")
+
+
+# hashes: a run names 10 GB of models in its record; what has not changed since is not read again
+
+
+def fingerprint(path: Path, *, fresh: bool = False) -> str:
+    """SHA-256 of a file, or of a model folder: over the names and hashes of the files that matter.
+
+    Large files are read only once, until their size or time changes; `fresh` reads them in any case.
+    """
+    if not path.is_dir():
+        return _remembered_hash(path, fresh)
+    names = sorted(
+        file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix in MODEL_SUFFIXES
+    )
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(f"{name} {_remembered_hash(path / name, fresh)}\n".encode())
+    return digest.hexdigest()
+
+
+_hashes: dict[str, tuple[int, int, str]] = {}
+"""What this process knows: real path -> size, time of change in ns, SHA-256."""
+
+
+def hashes_file() -> Path:
+    """Where the hashes of large files are kept between runs: in the system's folder for caches."""
+    if os.name == "nt":
+        base = os.environ.get("LOCALAPPDATA") or os.path.expanduser("~\\AppData\\Local")
+    elif sys.platform == "darwin":
+        base = os.path.expanduser("~/Library/Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "piece-it-together" / "hashes.json"
+
+
+def _remembered_hash(path: Path, fresh: bool) -> str:
+    path = existing_file(path)
+    before = path.stat()
+    if before.st_size < LARGE:
+        return sha256_of(path)
+    key, state = os.path.realpath(path), (before.st_size, before.st_mtime_ns)
+    if not fresh:
+        if key not in _hashes:
+            _hashes.update(_stored_hashes() | _hashes)
+        if _hashes.get(key, ())[:2] == state:
+            return _hashes[key][2]
+    digest = sha256_of(path)
+    after = path.stat()
+    # A file that changed just now may change again within one tick of the disk's clock.
+    if state == (after.st_size, after.st_mtime_ns) and time.time_ns() - after.st_mtime_ns > 2_000_000_000:
+        _hashes[key] = (*state, digest)
+        _store_hash(key)
+    return digest
+
+
+def _stored_hashes() -> dict[str, tuple[int, int, str]]:
+    """What the file holds; nothing where it is missing or damaged."""
+    try:
+        entries = json.loads(hashes_file().read_text("utf-8"))["files"]
+        return {
+            str(path): (int(size), int(changed), str(digest))
+            for path, (size, changed, digest) in entries.items()
+            if re.fullmatch("[0-9a-f]{64}", digest)
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _store_hash(key: str) -> None:
+    """Add one entry to the file, the newest last. A folder that cannot be written to only costs time."""
+    entries = _stored_hashes()
+    entries.pop(key, None)
+    entries[key] = _hashes[key]
+    newest = dict(list(entries.items())[-REMEMBERED:])
+    with suppress(PitError, OSError, ValueError):
+        write_text_atomic(hashes_file(), json.dumps({"files": newest}, indent=1))
 
 
 # the record
@@ -162,19 +296,6 @@ class Record:
 def file_entry(path: Path, base: Path) -> dict[str, str]:
     """Path (relative to the record's folder where that is possible) and SHA-256."""
     return {"path": _portable(path, base), "sha256": fingerprint(path)}
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 of a file, or of a model folder: over the names and hashes of the files that matter."""
-    if not path.is_dir():
-        return sha256_of(path)
-    names = sorted(
-        file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix in MODEL_SUFFIXES
-    )
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(f"{name} {sha256_of(path / name)}\n".encode())
-    return digest.hexdigest()
 
 
 def write_record(path: Path, record: Record) -> None:
