@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from pit_core.errors import PitError
 from pit_core.files import load_tensors
+from pit_core.train import loop
 from pit_core.train.loop import (
     Draws,
     Item,
@@ -253,6 +257,42 @@ def test_an_unfinished_checkpoint_folder_is_ignored_and_does_not_crowd_out_a_goo
     assert latest_checkpoint(tmp_path) == folder / "step-00000006"
     assert not (folder / "step-00000002").exists()
     assert not (folder / ".writing-00000009").exists()
+
+
+class Killed(BaseException):
+    """As the power goes: nothing after it runs."""
+
+
+@pytest.mark.parametrize("changes", range(5))
+def test_a_checkpoint_that_is_replaced_is_never_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: int
+) -> None:
+    """The process is killed after so many changes to the disk; there are four."""
+    run(tmp_path, replace(CONFIG, steps=2))
+    target = latest_checkpoint(tmp_path)
+    assert target is not None
+    before = saved(tmp_path)
+    work = target.with_name(".writing-00000002")
+    shutil.copytree(target, work)
+    left = iter([True] * changes)
+
+    def unless_killed(change: Callable[..., Any]) -> Callable[..., Any]:
+        def changed(*arguments: Any, **options: Any) -> None:
+            if not next(left, False):
+                raise Killed
+            change(*arguments, **options)
+
+        return changed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.os, "replace", unless_killed(os.replace))
+        patch.setattr(loop.shutil, "rmtree", unless_killed(shutil.rmtree))
+        with suppress(Killed):
+            loop._put(work, target)
+    assert latest_checkpoint(tmp_path) == target
+    assert largest_difference(before, saved(tmp_path)) == 0
+    assert {path.name for path in target.parent.iterdir()} <= {target.name, work.name}
+    assert run(tmp_path)[1].step == 6
 
 
 def test_keeps_the_newest_checkpoints_only(tmp_path: Path) -> None:

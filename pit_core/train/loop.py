@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -376,9 +376,14 @@ def _interrupt_flag() -> Iterator[Callable[[], bool]]:
 # Checkpoints: a folder per step, complete or absent.
 
 
+ASIDE = ".replaced-"
+
+
 def latest_checkpoint(out: str | Path) -> Path | None:
     """The newest complete checkpoint folder under ``out``, or None."""
-    found = _complete(Path(out) / "checkpoints")
+    folder = Path(out) / "checkpoints"
+    _take_back(folder)
+    found = _complete(folder)
     return found[-1] if found else None
 
 
@@ -442,16 +447,36 @@ def _save(
             "config": asdict(config),
         }
         write_text_atomic(work / "state.json", json.dumps(state, indent=1))
-        target = folder / f"step-{step:08d}"
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(work, target)
+        _put(work, folder / f"step-{step:08d}")
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
     _log(out, step, {"saved": 1.0, **metrics})
     for old in _complete(folder)[: -config.keep]:
         shutil.rmtree(old)
+
+
+def _put(work: Path, target: Path) -> None:
+    """Rename a finished folder; one that has its name is set aside until then, and deleted last."""
+    aside = target.with_name(f"{ASIDE}{target.name}")
+    if (target / "state.json").is_file():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(target, aside)
+    elif target.exists():
+        shutil.rmtree(target)
+    os.replace(work, target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _take_back(folder: Path) -> None:
+    """Give what an interruption has left set aside its name again, unless its successor has it."""
+    for aside in folder.glob(f"{ASIDE}*"):
+        target = folder / aside.name.removeprefix(ASIDE)
+        if (target / "state.json").is_file():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            with suppress(OSError):  # another process was faster
+                os.replace(aside, target)
 
 
 def _optimizer_state(checkpoint: Path) -> dict[str, Any]:
