@@ -278,7 +278,7 @@ def _tile(sheet: Image.Image, pen: ImageDraw.ImageDraw, tile: Tile, x: int, y: i
     sheet.paste(picture, (x + (cell - picture.width) // 2, y + (cell - picture.height) // 2))
     pen.rectangle([x - 1, y - 1, x + cell, y + cell], outline=LINE)
     font = _font(12)
-    text = _shortened(tile.caption, cell, font)
+    text = _shortened(_drawable(tile.caption, font), cell, font)
     pen.text((x + cell / 2 - font.getlength(text) / 2, y + cell + 5), text, fill=PALE, font=font)
 
 
@@ -300,5 +300,14 @@ def _shortened(text: str, width: int, font: Any) -> str:
     return text.rstrip() + " ..."
 
 
+def _drawable(text: str, font: Any) -> str:
+    """The small font knows the letters of western Europe and fails on others."""
+    small = isinstance(font, ImageFont.ImageFont)
+    return text.encode("latin-1", "replace").decode("latin-1") if small else text
+
+
 def _font(size: int) -> Any:
-    return ImageFont.load_default(size)
+    try:
+        return ImageFont.load_default(size)
+    except (TypeError, ImportError):  # Pillow before 10.1, or built without FreeType: one small font
+        return ImageFont.load_default()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFont
 
 from pit_core.errors import PitError
 from pit_core.pictures import (
@@ -249,3 +249,22 @@ def test_a_contact_sheet_takes_any_shape_size_and_caption() -> None:
     assert sheet.width < 5000
     with pytest.raises(PitError, match="at least one picture"):
         contact_sheet([SheetRow([], [])])
+
+
+@pytest.mark.parametrize("error", [TypeError, ImportError])
+def test_the_sheet_has_its_words_without_a_font_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Pillow before 10.1 takes no size; one that was built without FreeType has no such font."""
+
+    def load_default(*size: float) -> ImageFont.ImageFont:
+        if size:
+            raise error
+        return ImageFont.load_default_imagefont()
+
+    def sheet(caption: str) -> np.ndarray:
+        return np.asarray(contact_sheet([SheetRow([Tile(_plain(), caption)], [])]))
+
+    monkeypatch.setattr(ImageFont, "load_default", load_default)
+    assert (sheet("wing") != sheet("")).any()
+    assert (sheet("крыло \N{DRAGON} with a name longer than its picture is wide") != sheet("")).any()
