@@ -29,6 +29,11 @@ from .ip_adapter.processor import install_ip_adapter, installed_context, uninsta
 PROMPT = "best quality, high quality"
 NEGATIVE = "monochrome, lowres, bad anatomy, worst quality, low quality"
 MAX_SEED = 2**64 - 1
+TEXT_ENCODER_KEYS = {
+    "text_encoder": "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",
+    "text_encoder_2": "conditioner.embedders.1.model.positional_embedding",
+}
+"""What a single file's text encoders are recognised by."""
 
 EncodePrompt = Callable[[list[str]], tuple[Tensor, Tensor]]
 """Texts -> (embeddings (B, T, C), pooled (B, P)), both on the UNet's device or any other."""
@@ -300,7 +305,8 @@ def load_single_file(
     path: Path, config: str | os.PathLike[str] | None, dtype: torch.dtype = torch.float32
 ) -> Any:
     """The SDXL pipeline in one .safetensors checkpoint, with the settings and tokenizers of `config`."""
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers.utils import is_accelerate_available
 
     check_single_file(path)
     if config is None:
@@ -309,10 +315,30 @@ def load_single_file(
             "has them (--sdxl-config FOLDER), or give a whole diffusers folder ('pit download sdxl')."
         )
     check_folder(Path(config))
+    if not is_accelerate_available():
+        # Without it diffusers fills weights that are not in the file with random numbers, unseen.
+        raise PitError("A single file needs the package accelerate; install it, or give a diffusers folder.")
+    options: dict[str, Any] = {"config": str(config), "local_files_only": True, "torch_dtype": dtype}
+    models = {
+        "unet": _single_part(UNet2DConditionModel, path, "unet", options),
+        "vae": _single_part(AutoencoderKL, path, "vae", options),
+    }
     with _plain_errors(path):
         return StableDiffusionXLPipeline.from_single_file(
-            str(path), config=str(config), local_files_only=True, torch_dtype=dtype, add_watermarker=False
+            str(path), **models, **options, add_watermarker=False
         )
+
+
+def _single_part(kind: Any, path: Path, part: str, options: Mapping[str, Any]) -> Any:
+    """One of diffusers' own models out of a single file; it fails where weights are missing."""
+    with _plain_errors(path):
+        try:
+            return kind.from_single_file(str(path), subfolder=part, **options)
+        except (KeyError, NotImplementedError) as error:  # missed on conversion, or left without numbers
+            named = f", such as {error.args[0]}" if isinstance(error, KeyError) else ""
+            raise PitError(
+                f"'{path}' lacks weights of its {part}{named}; give a complete SDXL checkpoint."
+            ) from error
 
 
 def check_folder(folder: Path) -> None:
@@ -369,6 +395,9 @@ def check_single_file(path: Path) -> dict[str, list[int]]:
         raise PitError(f"'{path.name}' is a Stable Diffusion checkpoint, but not of the SDXL family.")
     if not any(key.startswith("first_stage_model.") for key in shapes):
         raise PitError(f"'{path.name}' holds no VAE; give a complete SDXL checkpoint.")
+    for part, key in TEXT_ENCODER_KEYS.items():
+        if key not in shapes:
+            raise PitError(f"'{path.name}' lacks {key} of its {part}; give a complete SDXL checkpoint.")
     return shapes
 
 
@@ -404,7 +433,9 @@ def _refuse_gaps(pipe: Any, path: Path) -> None:
             continue
         empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
         if empty:
-            raise PitError(f"'{path}' lacks {len(empty)} weights of its {part}, such as {empty[0]}.")
+            raise PitError(
+                f"'{path}' lacks {len(empty)} weights of its {part}, such as {empty[0]}; give a complete one."
+            )
 
 
 @contextmanager

@@ -17,11 +17,13 @@ from pit_core.ip_adapter.processor import install_ip_adapter, installed_context,
 from pit_core.render import (
     NEGATIVE,
     PROMPT,
+    TEXT_ENCODER_KEYS,
     Renderer,
     RenderSettings,
     check_single_file,
     layers_on_disk,
     load_renderer,
+    load_single_file,
 )
 
 
@@ -369,14 +371,14 @@ def test_pickled_weights_in_a_folder_are_not_opened(saved: Path, tmp_path: Path)
 
 
 def _single(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
-    from safetensors.torch import save_file
-
     save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, path)
     return path
 
 
 UNET_KEY = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-TEXT_KEY = "conditioner.embedders.1.model.ln_final.weight"
+TEXT_KEY = TEXT_ENCODER_KEYS["text_encoder_2"]
+FIRST_KEY = TEXT_ENCODER_KEYS["text_encoder"]
+VAE_KEY = "first_stage_model.decoder.conv_in.weight"
 
 
 def test_a_single_file_is_checked_by_its_header(tmp_path: Path) -> None:
@@ -391,6 +393,11 @@ def test_a_single_file_is_checked_by_its_header(tmp_path: Path) -> None:
     refused({"a": (1,)}, "no Stable Diffusion checkpoint")
     refused({UNET_KEY: (64, 768)}, "not of the SDXL family")
     refused({UNET_KEY: (64, 2048), TEXT_KEY: (1,)}, "holds no VAE")
+    refused(
+        {UNET_KEY: (64, 2048), TEXT_KEY: (1,), VAE_KEY: (1,)}, "position_embedding.weight of its text_enc"
+    )
+    key = "conditioner.embedders.1.model.ln_final.weight"
+    refused({UNET_KEY: (64, 2048), key: (1,), VAE_KEY: (1,), FIRST_KEY: (1,)}, "of its text_encoder_2")
     whole = _single(tmp_path / "a.safetensors", {UNET_KEY: (64, 32), TEXT_KEY: (1,)}).read_bytes()
     refused(whole[:-5], "damaged or cut short")
 
@@ -398,11 +405,9 @@ def test_a_single_file_is_checked_by_its_header(tmp_path: Path) -> None:
 def test_a_single_file_needs_a_folder_with_tokenizers(tmp_path: Path) -> None:
     layers = tiny_stack.adapter(tiny_stack.unet()).layers
     assert len(layers.widths) == 11
-    from pit_core.render import load_single_file
-
     path = _single(
         tmp_path / "m.safetensors",
-        {UNET_KEY: (64, 32), TEXT_KEY: (1,), "first_stage_model.decoder.conv_in.weight": (1,)},
+        {UNET_KEY: (64, 32), TEXT_KEY: (1,), FIRST_KEY: (1,), VAE_KEY: (1,)},
     )
     with pytest.raises(PitError, match="--sdxl-config FOLDER"):
         load_single_file(path, None)
@@ -410,17 +415,74 @@ def test_a_single_file_needs_a_folder_with_tokenizers(tmp_path: Path) -> None:
         load_single_file(path, tmp_path / "nowhere")
 
 
-def test_a_single_file_gives_the_pictures_of_its_folder(
-    saved: Path, tmp_path: Path, tokens: torch.Tensor, null: torch.Tensor
-) -> None:
-    from safetensors.torch import save_file
+@pytest.fixture(scope="module")
+def original(saved: Path) -> dict[str, torch.Tensor]:
+    """The weights of the saved folder as a single file has them."""
+    return original_layout(load_renderer(saved, tiny_stack.adapter(tiny_stack.unet())).pipe)
 
+
+@pytest.fixture(scope="module")
+def config(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Settings and tokenizers without weights, as users would keep them."""
+    folder = tmp_path_factory.mktemp("config") / "sdxl"
+    shutil.copytree(saved, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        (
+            "conditioner.embedders.0.transformer.text_model.embeddings.token",
+            "its text_encoder, such as .*token",
+        ),
+        (
+            "conditioner.embedders.0.transformer.text_model.encoder.layers.2",
+            "16 weights of its text_encoder,",
+        ),
+        ("conditioner.embedders.0.", "lacks conditioner.embedders.0.* of its text_encoder;"),
+        ("conditioner.embedders.1.model.positional", "model.positional_embedding of its text_encoder_2;"),
+        ("conditioner.embedders.1.model.text_proj", "its text_encoder_2, such as text_projection.weight"),
+        ("model.diffusion_model.time_embed.0.weight", "lacks weights of its unet;"),
+        (
+            "model.diffusion_model.output_blocks.1.2.conv.bias",
+            "its unet, such as output_blocks.1.2.conv.bias",
+        ),
+        ("first_stage_model.encoder.", "lacks weights of its vae"),
+    ],
+)
+def test_a_single_file_that_lacks_weights_is_refused(
+    original: dict[str, torch.Tensor], config: Path, tmp_path: Path, prefix: str, words: str
+) -> None:
+    path = tmp_path / "sdxl.safetensors"
+    save_file({key: tensor for key, tensor in original.items() if not key.startswith(prefix)}, path)
+    with pytest.raises(PitError, match=words) as raised:
+        load_renderer(path, tiny_stack.adapter(tiny_stack.unet()), config=config)
+    assert "give a complete" in str(raised.value)
+
+
+def test_a_single_file_is_not_loaded_where_gaps_would_go_unseen(
+    original: dict[str, torch.Tensor], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without accelerate diffusers would leave random numbers in them."""
+    save_file(original, tmp_path / "sdxl.safetensors")
+    monkeypatch.setattr("diffusers.utils.is_accelerate_available", lambda: False)
+    with pytest.raises(PitError, match="needs the package accelerate"):
+        load_single_file(tmp_path / "sdxl.safetensors", config)
+
+
+def test_a_single_file_gives_the_pictures_of_its_folder(
+    original: dict[str, torch.Tensor],
+    saved: Path,
+    config: Path,
+    tmp_path: Path,
+    tokens: torch.Tensor,
+    null: torch.Tensor,
+) -> None:
     adapter = tiny_stack.adapter(tiny_stack.unet())
     folder = load_renderer(saved, adapter)
     path = tmp_path / "sdxl.safetensors"
-    save_file(original_layout(folder.pipe), path)
-    config = tmp_path / "config"  # settings and tokenizers without weights, as users would keep them
-    shutil.copytree(saved, config, ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(original, path)
     single = load_renderer(path, adapter, config=config)
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         ours, theirs = (getattr(each.pipe, name).state_dict() for each in (single, folder))
