@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from functools import wraps
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -64,9 +65,17 @@ class Solver(str, Enum):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script; ends by SystemExit: 0, 2 for a mistake in the input, 130 when interrupted."""
+    """The console script; exits with 0, 1 after a no, 2 for a mistake in the input, 130 when interrupted."""
+    _print_any_name()
     given = list(sys.argv[1:] if arguments is None else arguments)
     app(args=several_values(given), prog_name="pit")
+
+
+def _print_any_name() -> None:
+    """What a console or a file cannot show of a path is printed as an escape, instead of ending the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def several_values(arguments: Sequence[str]) -> list[str]:
@@ -95,7 +104,7 @@ def plain_errors(command: Command) -> Command:
                 return command(*args, **kwargs)
         except PitError as error:
             raise _failed(str(error)) from None
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, typer.Abort):  # the latter at a question
             typer.echo("pit: interrupted.", err=True)
             raise typer.Exit(130) from None
         except OSError as error:
@@ -161,11 +170,23 @@ def _options(
 # the main job
 
 Paths = list[Path]
-SDXL = "SDXL: a diffusers folder or a .safetensors file."
-SDXL_CONFIG = "A diffusers folder with SDXL's tokenizers, for a single file."
-IMAGE_ENCODER = "CLIP ViT-H: a folder or a file."
-IP_ADAPTER = "IP-Adapter Plus for SDXL."
-PRIOR = "IP-Prior: prior.ckpt with cfg.yaml, or a safetensors file."
+Sdxl = Annotated[
+    Path | None, typer.Option(help="SDXL: a diffusers folder or a .safetensors file.", show_default=False)
+]
+SdxlConfig = Annotated[
+    Path | None,
+    typer.Option(help="A diffusers folder with SDXL's tokenizers, for a single file.", show_default=False),
+]
+ImageEncoder = Annotated[
+    Path | None, typer.Option(help="CLIP ViT-H: a folder or a file.", show_default=False)
+]
+Adapter = Annotated[Path | None, typer.Option(help="IP-Adapter Plus for SDXL.", show_default=False)]
+Prior = Annotated[
+    Path | None,
+    typer.Option(help="IP-Prior: prior.ckpt with cfg.yaml, or a safetensors file.", show_default=False),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto.")]
+Precision = Annotated[Dtype, typer.Option(help="auto: float16 on a GPU, else float32.")]
 
 
 @app.command()
@@ -173,7 +194,10 @@ PRIOR = "IP-Prior: prior.ckpt with cfg.yaml, or a safetensors file."
 def sample(
     context: typer.Context,
     parts: Annotated[
-        Paths, typer.Option(help="Part pictures, in order; with --random also folders.", show_default=False)
+        Paths,
+        typer.Option(
+            help="Part pictures or patterns, in order; with --random also folders.", show_default=False
+        ),
     ] = [],  # noqa: B006 - typer reads it, nobody changes it
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out"),
     count: Annotated[
@@ -192,7 +216,10 @@ def sample(
         Paths, typer.Option(help="One picture, or four, that set the style.", show_default=False)
     ] = [],  # noqa: B006
     init: Annotated[
-        Path | None, typer.Option(help="A concept to start from (see --strength).", show_default=False)
+        Path | None,
+        typer.Option(
+            help="A concept to start from, with or without parts (see --strength).", show_default=False
+        ),
     ] = None,
     strength: Annotated[
         float | None,
@@ -202,13 +229,13 @@ def sample(
         Path | None, typer.Option(help="The record of a run to repeat.", show_default=False)
     ] = None,
     model: Annotated[str, typer.Option(help="'miniature', unless files are named below.")] = "miniature",
-    sdxl: Annotated[Path | None, typer.Option(help=SDXL, show_default=False)] = None,
-    sdxl_config: Annotated[Path | None, typer.Option(help=SDXL_CONFIG, show_default=False)] = None,
-    image_encoder: Annotated[Path | None, typer.Option(help=IMAGE_ENCODER, show_default=False)] = None,
-    ip_adapter: Annotated[Path | None, typer.Option(help=IP_ADAPTER, show_default=False)] = None,
-    prior: Annotated[Path | None, typer.Option(help=PRIOR, show_default=False)] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps, or auto.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="auto: float16 on a GPU, else float32.")] = Dtype.auto,
+    sdxl: Sdxl = None,
+    sdxl_config: SdxlConfig = None,
+    image_encoder: ImageEncoder = None,
+    ip_adapter: Adapter = None,
+    prior: Prior = None,
+    device: Device = "auto",
+    dtype: Precision = Dtype.auto,
     prior_steps: Annotated[int, typer.Option(help="Steps of the prior.")] = 25,
     prior_guidance: Annotated[float, typer.Option(help="How closely the prior keeps to the parts.")] = 2.0,
     solver: Annotated[Solver, typer.Option(help="Of the prior.")] = Solver.euler,
@@ -241,19 +268,14 @@ def sample(
         _tell(_repeat(repeat, out, device))
         return
     each = count if count is not None else 8 if random is None else 1
-    request = run.Request(parts, each, seed, reference, init, random)
+    matched = run.matched_paths
+    request = run.Request(matched(parts), each, seed, matched(reference), init, random)
     request.check()
     folder = run.RunFolder(out)
-    files = {
-        "sdxl": sdxl,
-        "image_encoder": image_encoder,
-        "ip_adapter": ip_adapter,
-        "prior": prior,
-        "sdxl_config": sdxl_config,
-    }
+    files = _given(
+        sdxl=sdxl, image_encoder=image_encoder, ip_adapter=ip_adapter, prior=prior, sdxl_config=sdxl_config
+    )
     named = _model(model, files, device, dtype)
-    if random is None:
-        run.read_jobs(request.jobs(1))
     prior_settings = run.PriorSettings(
         prior_steps, prior_guidance, solver.value, _strength(strength, init is not None)
     )
@@ -267,6 +289,7 @@ def sample(
         "batch": batch,
     }
     run.check_render(changes)
+    run.read_jobs(request.jobs(_most_parts(named)))
     stack = _load(named)
     jobs = request.jobs(stack.prior_info.max_crops)
     settings = run.Settings(prior_settings, run.changed(stack.defaults, changes), as_sketch)
@@ -345,26 +368,45 @@ def _tell(output: Output) -> None:
     typer.echo(f"{output.folder}: {names}, {output.tokens.name}, {output.record.name}")
 
 
-def _model(name: str, files: dict[str, Path | None], device: str, dtype: Dtype) -> Model:
+def _given(**files: Path | None) -> dict[str, Path]:
+    """The files that were named, by option."""
+    return {option: path for option, path in files.items() if path is not None}
+
+
+def _model(name: str, given: dict[str, Path], device: str, dtype: Dtype) -> Model:
     """The model that the options name, checked as far as that goes without loading it."""
     from . import sample as run
 
-    given = {option: path for option, path in files.items() if path is not None}
+    place, kind = _place_and_dtype(bool(given), device, dtype)
     if not given:
         if name != "miniature":
             raise PitError(
                 f"There is no model '{name}'; it is 'miniature', or your own files with --sdxl, "
                 "--image-encoder, --ip-adapter and --prior."
             )
-        place = "cpu" if device == "auto" else device
-        return run.Model(name, None, place, "float32" if dtype is Dtype.auto else dtype.value)
+        return run.Model(name, None, place, kind)
     missing = [option for option in ("sdxl", "image_encoder", "ip_adapter", "prior") if option not in given]
     if missing:
         wanted = ", ".join("--" + option.replace("_", "-") for option in missing)
         raise PitError(f"Your own models need all four files; {wanted} is missing.")
-    place = run.best_device() if device == "auto" else device
-    half = "float32" if place.startswith("cpu") else "float16"
-    return run.Model("files", run.StackFiles(**given), place, half if dtype is Dtype.auto else dtype.value)
+    return run.Model("files", run.StackFiles(**given), place, kind)
+
+
+def _place_and_dtype(own_files: bool, device: str, dtype: Dtype) -> tuple[str, str]:
+    """What "auto" means: the best device for full-size files, the CPU for the miniature."""
+    from .sample import best_device
+
+    place = device if device != "auto" else best_device() if own_files else "cpu"
+    half = own_files and not place.startswith("cpu")
+    return place, dtype.value if dtype is not Dtype.auto else "float16" if half else "float32"
+
+
+def _most_parts(model: Model) -> int:
+    """The most parts that the model's prior was trained with, known before anything is loaded."""
+    from .ip_prior.checkpoint import recorded_max_crops
+    from .miniature.models import WEIGHTS
+
+    return recorded_max_crops(model.files.prior if model.files else WEIGHTS / "ip_prior.safetensors")
 
 
 def _load(model: Model) -> Stack:
@@ -445,26 +487,37 @@ def download(
         for key, release in RELEASES.items():
             typer.echo(f"{key:{width}}  {release.about}")
         return
-    paths = fetch(name, into, confirm=lambda plan: _agreed(plan, yes), base_url=server or HUB)
-    typer.echo("\n".join(map(str, paths)) if paths else "Nothing was fetched.")
+    paths = fetch(
+        name, into, confirm=lambda plan: _agreed(plan, yes), base_url=server or HUB, tell=typer.echo
+    )
+    if not paths:
+        typer.echo("Nothing was downloaded.")
+        raise typer.Exit(1)
+    typer.echo("\n".join(map(str, paths)))
 
 
 def _agreed(plan: str, yes: bool) -> bool:
     typer.echo(plan)
-    return yes or typer.confirm("Go on?")
+    if yes:
+        return True
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise PitError("Nothing was downloaded: there is no terminal to ask on; add --yes to agree to it.")
+    return typer.confirm("Go on?")
 
 
 @app.command()
 @plain_errors
 def verify(
-    sdxl: Annotated[Path | None, typer.Option(help=SDXL, show_default=False)] = None,
-    sdxl_config: Annotated[Path | None, typer.Option(help=SDXL_CONFIG, show_default=False)] = None,
-    image_encoder: Annotated[Path | None, typer.Option(help=IMAGE_ENCODER, show_default=False)] = None,
-    ip_adapter: Annotated[Path | None, typer.Option(help=IP_ADAPTER, show_default=False)] = None,
-    prior: Annotated[Path | None, typer.Option(help=PRIOR, show_default=False)] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps, or auto.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="auto: float16 on a GPU, else float32.")] = Dtype.auto,
-    steps: Annotated[int, typer.Option(help="Steps of the picture.")] = 10,
+    sdxl: Sdxl = None,
+    sdxl_config: SdxlConfig = None,
+    image_encoder: ImageEncoder = None,
+    ip_adapter: Adapter = None,
+    prior: Prior = None,
+    device: Device = "auto",
+    dtype: Precision = Dtype.auto,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the picture; 10, miniature 25.", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the picture verify.png.", show_default=False)
     ] = None,
@@ -476,22 +529,17 @@ def verify(
     from . import sample as run
     from . import verify as check
 
-    files = {
-        "sdxl": sdxl,
-        "image_encoder": image_encoder,
-        "ip_adapter": ip_adapter,
-        "prior": prior,
-        "sdxl_config": sdxl_config,
-    }
-    given = {name: path for name, path in files.items() if path is not None}
-    place = run.best_device() if device == "auto" and given else "cpu" if device == "auto" else device
-    kind = ("float32" if place.startswith("cpu") else "float16") if dtype is Dtype.auto else dtype.value
+    given = _given(
+        sdxl=sdxl, image_encoder=image_encoder, ip_adapter=ip_adapter, prior=prior, sdxl_config=sdxl_config
+    )
+    place, kind = _place_and_dtype(bool(given), device, dtype)
     if given:
         report = check.verify(
             given, out=out, steps=steps, device=run.checked_device(place), dtype=run.DTYPES[kind]
         )
     else:
-        report = check.verify_stack(_load(run.Model("miniature", None, place, kind)), out=out)
+        stack = _load(run.Model("miniature", None, place, kind))
+        report = check.verify_stack(stack, out=out, steps=steps)
     typer.echo(str(report))
     if report.picture is not None:
         typer.echo(f"The picture: {report.picture}")

@@ -1,7 +1,8 @@
 """Fetching the released files, when somebody asks for them on the command line and only then.
 
 Says first what will be fetched, from where and how big it is. A download that was broken off goes on where it
-stopped; a file appears under its name only when it is complete and its checksum holds.
+stopped; a file appears under its name only when it is complete and its checksum holds: the one recorded here,
+else the one that the server announces.
 """
 
 from __future__ import annotations
@@ -34,13 +35,19 @@ NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionEr
 
 @dataclass(frozen=True)
 class Release:
-    """Files that belong together: local path -> path in the repository, or a whole folder of it."""
+    """Files that belong together: local path -> path in the repository, or a whole folder of it.
+
+    revision: a commit, or "main" where none is known. sizes in bytes and hashes (SHA-256) are by local path,
+    of the files where they are known for certain.
+    """
 
     about: str
     repository: str
     files: Mapping[str, str] = field(default_factory=dict)
     folder: str | None = None
-    sizes: Mapping[str, int] = field(default_factory=dict)  # bytes, where they are known for certain
+    revision: str = "main"
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
 
 def _prior(domain: str, folder: str) -> Release:
@@ -71,6 +78,36 @@ def _sdxl_files() -> dict[str, str]:
     return {name: name for name in configs} | halves
 
 
+# As several public lists of these files agree on them.
+IP_ADAPTER_COMMIT = "018e402774aeeddd60609b4ecdb7e298259dc729"
+SDXL_COMMIT = "462165984030d82259a11f4367a4eed129e94a7b"
+MERGES = "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a"
+VOCABULARY = "e089ad92ba36837a0d31433e555c8f45fe601ab5c221d4f607ded32d9f7a4349"
+SDXL_HASHES = {
+    "model_index.json": "6d7b93508390ab91ac5bfbe4aeb4dc2d83f7bb1b05fb069d714b5b0c75f70d44",
+    "scheduler/scheduler_config.json": "af3e45a949aff8b8341ab8b811429ec03fee857a700a1d9477363e4fff9666e2",
+    "text_encoder/config.json": "39b8b2e4b1949e36969caa425b6c81c68bace99198dd9078ce05d16ad401fe7f",
+    "text_encoder/model.safetensors": "660c6f5b1abae9dc498ac2d21e1347d2abdb0cf6c0c0c8576cd796491d9a6cdd",
+    "text_encoder_2/config.json": "a892d1c3a69a7e9247a24de2bc1d5891e3109a54696e53be20093af671072c34",
+    "text_encoder_2/model.safetensors": "ec310df2af79c318e24d20511b601a591ca8cd4f1fce1d8dff822a356bcdb1f4",
+    "tokenizer/merges.txt": MERGES,
+    "tokenizer/special_tokens_map.json": "c4864a9376a8401918425bed71fc14fc0e81f9b59ec45c1cf96cccb2df508eac",
+    "tokenizer/tokenizer_config.json": "19d7b034cb0cc3ce9766c2231373ab8aa8991fc72e2c8f76558bfaae3de0d563",
+    "tokenizer/vocab.json": VOCABULARY,
+    "tokenizer_2/merges.txt": MERGES,
+    "tokenizer_2/special_tokens_map.json": "f118ab3a983206e4f32583448de6bd6aae4ee21869135cef1f5848a753cdaab6",
+    "tokenizer_2/tokenizer_config.json": "c9d23941f76a41cbd50eda9290f57be7828f0a7a677939e9ef181f7e12bd1bdf",
+    "tokenizer_2/vocab.json": VOCABULARY,
+    "unet/config.json": "30ebc70750223e59006f7f2b4e1e6c102570aa19a9c4ae3e1fbe7591332dbae6",
+    "unet/diffusion_pytorch_model.safetensors": (
+        "83e012a805b84c7ca28e5646747c90a243c65c8ba4f070e2d7ddc9d74661e139"
+    ),
+    "vae/config.json": "0b331c8ac22ded5f9997a144a575c1d113d6169aff262c353f39015bd24a6264",
+    "vae/diffusion_pytorch_model.safetensors": (
+        "bcb60880a46b63dea58e9bc591abe15f8350bde47b405f9c38f4be70c6161e68"
+    ),
+}
+
 RELEASES: dict[str, Release] = {
     "characters-prior": _prior("fantasy characters", "characters_ckpt"),
     "products-prior": _prior("products", "products_ckpt"),
@@ -86,29 +123,43 @@ RELEASES: dict[str, Release] = {
         files={
             "ip-adapter-plus_sdxl_vit-h.safetensors": "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors"
         },
+        revision=IP_ADAPTER_COMMIT,
+        hashes={
+            "ip-adapter-plus_sdxl_vit-h.safetensors": (
+                "3f5062b8400c94b7159665b21ba5c62acdcd7682262743d7f2aefedef00e6581"
+            )
+        },
     ),
     "image-encoder-vit-h": Release(
         about="CLIP ViT-H image encoder",
         repository="h94/IP-Adapter",
         files={name: f"models/image_encoder/{name}" for name in ("config.json", "model.safetensors")},
+        revision=IP_ADAPTER_COMMIT,
+        hashes={"model.safetensors": "6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030"},
     ),
     "sdxl": Release(
         about="Stable Diffusion XL base 1.0 in half precision",
         repository="stabilityai/stable-diffusion-xl-base-1.0",
         files=_sdxl_files(),
+        revision=SDXL_COMMIT,
+        hashes=SDXL_HASHES,
     ),
 }
 
 
 @dataclass(frozen=True)
 class _File:
-    """One file to fetch; size in bytes and SHA-256 as hex, None where neither we nor the server know."""
+    """One file to fetch; size in bytes and SHA-256 as hex, None where neither we nor the server know.
+
+    source: who knows the SHA-256, "recorded" here or "announced" by the server.
+    """
 
     target: Path
     path: str
     url: str
     size: int | None
     sha256: str | None
+    source: str | None = None
 
     @property
     def part(self) -> Path:
@@ -120,6 +171,7 @@ def download(
     into: str | os.PathLike[str],
     *,
     confirm: Callable[[str], bool],
+    tell: Callable[[str], object] = lambda _line: None,
     base_url: str = HUB,
     progress: bool = True,
     retries: int = 3,
@@ -128,6 +180,7 @@ def download(
 
     `confirm` is shown the plan (files, sizes, source) and answers whether to go on; where it says no, the
     list is empty and nothing was written. Files that are there already are neither fetched nor asked about.
+    `tell` is given a line for each fetched file: its SHA-256, and with what that was compared.
     `base_url` names another server with the Hub's layout; `retries` bounds the attempts in a row that bring
     nothing.
 
@@ -146,9 +199,12 @@ def download(
     if missing and not confirm(_plan(release, folder, server, missing)):
         return []
     _require_space(folder, missing)
-    with _network_errors(release, folder, server), _bar(name, missing, progress) as bar:
+    with _bar(name, missing, progress) as bar:
         for file in missing:
-            _fetch(file, bar, retries)
+            with _network_errors(release, folder, server):
+                checksum = _fetch(file, bar, retries)
+            bar.clear()
+            tell(f"{file.target.relative_to(folder).as_posix()}: {checksum}")
     return [file.target for file in files]
 
 
@@ -167,19 +223,26 @@ def _asked_for(release: Release, folder: Path, server: str) -> list[_File]:
     for local, path in release.files.items():
         url = _file_url(server, release, path)
         size, sha256 = (None, None) if (folder / local).is_file() else _announced(url)
-        known = release.sizes.get(local)
+        known, recorded = release.sizes.get(local), release.hashes.get(local)
         if known is not None and size not in (None, known):
-            raise PitError(
-                f"{url} should be {known} bytes but the server offers {size}: the released file was changed, "
-                "so it was not fetched."
-            )
-        files.append(_File(folder / local, path, url, known or size, sha256))
+            _refuse_changed(url, f"be {known} bytes", size)
+        if recorded is not None and sha256 not in (None, recorded):
+            _refuse_changed(url, f"have the SHA-256 {recorded[:12]}...", f"{sha256}"[:12] + "...")
+        source = "recorded" if recorded else "announced" if sha256 else None
+        files.append(_File(folder / local, path, url, known or size, recorded or sha256, source))
     return files
+
+
+def _refuse_changed(url: str, should: str, offered: object) -> NoReturn:
+    raise PitError(
+        f"{url} should {should} but the server offers {offered}: the released file was changed, "
+        "so it was not fetched."
+    )
 
 
 def _listed(release: Release, folder: Path, server: str) -> list[_File]:
     """The files of the release's folder, as the server's listing gives them."""
-    quoted = urllib.parse.quote(f"{release.repository}/tree/main/{release.folder}")
+    quoted = urllib.parse.quote(f"{release.repository}/tree/{release.revision}/{release.folder}")
     url = f"{server}/api/models/{quoted}?recursive=true"
     with urllib.request.urlopen(_request(url), timeout=TIMEOUT_SECONDS) as answer:
         text = answer.read()
@@ -200,11 +263,12 @@ def _listed_file(entry: Mapping[str, Any], release: Release, folder: Path, serve
     if not all(re.fullmatch(r"\w[\w .,()+=-]*", piece) for piece in local.split("/")):
         raise PitError(f"The server lists a file with an unsafe name ({path[:80]!r}); nothing was fetched.")
     sha256 = _sha256_in(str(entry.get("lfs", {}).get("oid", "")))
-    return _File(folder / local, path, _file_url(server, release, path), int(entry["size"]), sha256)
+    url, source = _file_url(server, release, path), "announced" if sha256 else None
+    return _File(folder / local, path, url, int(entry["size"]), sha256, source)
 
 
 def _file_url(server: str, release: Release, path: str) -> str:
-    return f"{server}/{release.repository}/resolve/main/{urllib.parse.quote(path)}"
+    return f"{server}/{release.repository}/resolve/{release.revision}/{urllib.parse.quote(path)}"
 
 
 def _announced(url: str) -> tuple[int | None, str | None]:
@@ -321,8 +385,8 @@ def _require_space(folder: Path, missing: list[_File]) -> None:
 # fetching
 
 
-def _fetch(file: _File, bar: Any, retries: int) -> None:
-    """Bring one file: append to its part until it is whole, check it, give it its name."""
+def _fetch(file: _File, bar: Any, retries: int) -> str:
+    """Bring one file: append to its part until it is whole, check it, give it its name; say its SHA-256."""
     file.target.parent.mkdir(parents=True, exist_ok=True)
     bar.update(_length(file.part))
     failures = 0
@@ -338,8 +402,10 @@ def _fetch(file: _File, bar: Any, retries: int) -> None:
             if failures > retries:
                 raise
             time.sleep(max(0, failures - 1))
-    _check(file)
+    found = _checked_hash(file)
     os.replace(file.part, file.target)
+    compared = f"as {file.source}" if file.source else "compare it with a copy that you trust"
+    return f"sha256 {found}, {compared}"
 
 
 def _may_pass(code: int) -> bool:
@@ -387,13 +453,15 @@ def _blocks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
         yield block
 
 
-def _check(file: _File) -> None:
-    """Raise PitError, and remove the part, unless it has the announced size and checksum."""
+def _checked_hash(file: _File) -> str:
+    """The part's SHA-256. Raises PitError, and removes the part, unless size and checksum hold."""
     size = _length(file.part)
     if file.size is not None and size != file.size:
         _discard(file, f"{size} bytes came, {file.size} were announced")
-    if file.sha256 is not None and (found := sha256_of(file.part)) != file.sha256:
-        _discard(file, f"its SHA-256 is {found[:12]}..., not {file.sha256[:12]}...")
+    found = sha256_of(file.part)
+    if file.sha256 not in (None, found):
+        _discard(file, f"its SHA-256 is {found[:12]}..., not {str(file.sha256)[:12]}...")
+    return found
 
 
 def _discard(file: _File, reason: str) -> NoReturn:

@@ -28,7 +28,7 @@ from .concepts import (
 from .errors import PitError
 from .files import existing_file
 from .ip_adapter.tokens import IPTokens, save_ip_tokens
-from .parts.canvas import reference_grid
+from .parts.canvas import crop_transparent, reference_grid
 from .pictures import SheetRow, Tile, contact_sheet, picture_files, read_picture, save_png
 from .render import RenderSettings
 from .runs import (
@@ -37,6 +37,7 @@ from .runs import (
     RunFolder,
     check_part_files,
     file_entry,
+    matched_paths,
     part_kinds,
     random_sets,
     read_record,
@@ -61,6 +62,7 @@ __all__ = [
     "check_render",
     "check_same_weights",
     "checked_device",
+    "matched_paths",
     "notes",
     "picture_files",
     "read_jobs",
@@ -73,7 +75,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Request:
-    """What to make, in files. random: so many random sets of the parts, instead of all of them together."""
+    """What to make, in files. random: so many random sets of the parts, instead of all of them together.
+
+    With `init` the parts may be left out: the prior then varies that concept on its own.
+    """
 
     parts: Sequence[Path]
     count: int
@@ -84,7 +89,7 @@ class Request:
 
     def check(self) -> None:
         """Raise PitError for what cannot run, before any model is loaded."""
-        if not self.parts:
+        if not self.parts and (self.init is None or self.random is not None):
             raise PitError("Expected part pictures, got none; name them with --parts wing.png horns.png.")
         if self.random is None:
             check_part_files(self.parts)
@@ -128,6 +133,8 @@ class Settings:
         try:
             render = dict(record["render"])
             render["size"] = None if render["size"] is None else tuple(render["size"])
+            if isinstance(render["weight"], dict):  # by layer; JSON knows no numbers as names
+                render["weight"] = {int(layer): weight for layer, weight in render["weight"].items()}
             return cls(PriorSettings(**record["prior"]), RenderSettings(**render), bool(record["as_sketch"]))
         except (KeyError, TypeError, ValueError) as error:
             raise PitError(
@@ -201,7 +208,12 @@ def concept_tokens(stack: Stack, concepts: Sequence[Concept]) -> IPTokens:
 
 def read_jobs(jobs: Sequence[JobFiles]) -> None:
     """Read every picture once, so that a bad one is found before the models are loaded."""
-    _read_all(jobs)
+    pictures = _read_all(jobs)
+    for path in dict.fromkeys(p for job in jobs for p in (*job.parts, *([job.init] if job.init else []))):
+        try:
+            crop_transparent(pictures[path])
+        except PitError as error:
+            raise PitError(f"'{path.name}': {error}") from error
 
 
 def check_render(changes: Mapping[str, Any]) -> None:

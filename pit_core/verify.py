@@ -27,10 +27,11 @@ from .ip_adapter.encode import load_image_encoder
 from .ip_adapter.layers import describe_layers
 from .ip_prior.checkpoint import load_prior
 from .pictures import save_png
-from .render import layers_on_disk
+from .render import check_folder, layers_on_disk
 from .runs import fingerprint, versions
 
 SEED = 20_250_310
+STEPS = 10  # of the picture of full-size files, which only has to show that the numbers hold
 NEEDED = ("sdxl", "image_encoder", "ip_adapter", "prior")
 
 
@@ -44,15 +45,20 @@ class Report:
     paths: tuple[Path, ...] = ()
 
     def check(self, what: str, step: Callable[[], Any]) -> Any:
-        """Run a step that returns (value, sentence); a PitError becomes a failing line and None."""
+        """Run a step that returns (value, sentence); what it raises becomes a failing line and None."""
         try:
             value, sentence = step()
         except PitError as error:
-            self.ok = False
-            self.lines.append(f"FAIL  {what}: {self._without_folders(str(error))}")
-            return None
+            return self.fail(what, str(error))
+        except Exception as error:  # noqa: BLE001 - what the other steps find belongs into the report, too
+            text = " ".join(str(error).split())[:300]
+            return self.fail(what, f"{type(error).__name__}: {text}")
         self.lines.append(f"ok    {what}: {sentence}")
         return value
+
+    def fail(self, what: str, sentence: str) -> None:
+        self.ok = False
+        self.lines.append(f"FAIL  {what}: {self._without_folders(sentence)}")
 
     def _without_folders(self, sentence: str) -> str:
         """The user's own folders are nobody's business in a bug report."""
@@ -60,7 +66,8 @@ class Report:
             for folder in (path.parent.absolute(), path.parent):
                 if folder.name:
                     sentence = sentence.replace(f"{folder}{os.sep}", "").replace(str(folder), folder.name)
-        return sentence
+        home = os.path.expanduser("~")
+        return sentence.replace(home, "~") if len(home) > 1 else sentence
 
     def note(self, sentence: str) -> None:
         self.lines.append(f"note  {sentence}")
@@ -74,18 +81,18 @@ def verify(
     paths: Mapping[str, Path],
     *,
     out: Path | None = None,
-    steps: int = 10,
+    steps: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Report:
     """Check files by name (sdxl, sdxl_config, image_encoder, ip_adapter, prior), each alone and together.
 
-    What is not given is not checked; with all four kinds one picture is made, and kept in `out` if given.
-    Never raises PitError for a bad file: that is a line in the report.
+    What is not given is not checked; with all four kinds one picture is made in `steps` (10 by default), and
+    kept in `out` if given. Never raises for a bad file: that is a line in the report.
     """
     report = _opened_report(device, dtype)
     report.paths = tuple(paths.values())
-    loaded = {name: _look_at(report, name, path) for name, path in paths.items() if name != "sdxl_config"}
+    loaded = {name: _look_at(report, name, path) for name, path in paths.items()}
     _compare(report, loaded)
     missing = [name for name in NEEDED if name not in paths]
     if missing:
@@ -95,17 +102,17 @@ def verify(
         files = StackFiles(**paths)
         stack = report.check("all together", lambda: _load_all(files, device, dtype))
         if stack is not None:
-            _make_picture(report, stack, steps, out)
+            _make_picture(report, stack, STEPS if steps is None else steps, out)
     return report
 
 
-def verify_stack(stack: Stack, *, out: Path | None = None) -> Report:
-    """The same for a stack that is loaded already, such as the miniature."""
+def verify_stack(stack: Stack, *, out: Path | None = None, steps: int | None = None) -> Report:
+    """The same for a stack that is loaded already, such as the miniature; `steps` are its own by default."""
     report = _opened_report(stack.renderer.unet.device, stack.renderer.unet.dtype)
     for name, digest in stack.hashes.items():
         report.lines.append(f"ok    {name}: sha256 {digest}")
     report.lines.append(f"ok    {stack.name}: {describe_adapter(stack.adapter)}")
-    _make_picture(report, stack, None, out)
+    _make_picture(report, stack, steps, out)
     return report
 
 
@@ -125,16 +132,20 @@ def _opened_report(device: torch.device | str, dtype: torch.dtype) -> Report:
 
 
 def _look_at(report: Report, name: str, path: Path) -> Any:
-    """One file alone: its hash, and what it is."""
+    """One file alone: what it is, and the hash of what is on the disk now."""
     readers: dict[str, Callable[[Path], tuple[Any, str]]] = {
         "sdxl": _read_sdxl,
         "image_encoder": _read_encoder,
         "ip_adapter": _read_adapter,
         "prior": _read_prior,
+        "sdxl_config": _read_sdxl_config,
     }
-    value = report.check(f"{_option(name)} {path.name}", lambda: readers[name](path))
-    if value is not None:
-        report.lines.append(f"      sha256 {fingerprint(path)}")
+
+    def step() -> tuple[Any, str]:
+        value, sentence = readers[name](path)
+        return value, f"{sentence}\n      sha256 {fingerprint(path, fresh=True)}"
+
+    value = report.check(f"{_option(name)} {path.name}", step)
     if name == "prior" and value is not None:
         for sentence in value[1].notes:
             report.note(sentence)
@@ -144,6 +155,11 @@ def _look_at(report: Report, name: str, path: Path) -> Any:
 def _read_sdxl(path: Path) -> tuple[Any, str]:
     layers = layers_on_disk(path)
     return layers, describe_layers(layers)
+
+
+def _read_sdxl_config(path: Path) -> tuple[Any, str]:
+    check_folder(path)
+    return path, "a diffusers folder of SDXL, for its settings and tokenizers"
 
 
 def _read_encoder(path: Path) -> tuple[Any, str]:
@@ -199,6 +215,9 @@ def _make_picture(report: Report, stack: Stack, steps: int | None, out: Path | N
         concept = make_concepts(stack, [test_part()], count=1, seed=SEED, steps=steps)[0]
         digest = hashlib.sha256(concept.image.tobytes()).hexdigest()[:16]
         size = f"{concept.image.width} x {concept.image.height} px"
+        if out is not None:
+            save_png(concept.image, out / "verify.png")
+            report.picture = out / "verify.png"
         tokens = f"tokens {concept.tokens.mean():+.4f} +- {concept.tokens.std():.4f}"
         return concept, f"seed {SEED}, {size}, pixels {digest}, {tokens}"
 
@@ -206,13 +225,7 @@ def _make_picture(report: Report, stack: Stack, steps: int | None, out: Path | N
     if concept is None:
         return
     if concept.image.convert("L").getextrema()[0] == concept.image.convert("L").getextrema()[1]:
-        report.ok = False
-        report.lines.append(
-            "FAIL  picture: it has one colour only; the models' numbers overflow in this dtype."
-        )
-    if out is not None:
-        report.picture = out / "verify.png"
-        save_png(concept.image, report.picture)
+        report.fail("picture", "it has one colour only; the models' numbers overflow in this dtype.")
 
 
 def _option(name: str) -> str:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from safetensors.torch import save_file
 
 from pit_core.cli import main, several_values
 from pit_core.concepts import StackFiles
+from pit_core.ip_adapter.adapter import IPAdapter, IPLayers
 from pit_core.ip_adapter.checkpoint import load_ip_adapter
+from pit_core.ip_adapter.resampler import Resampler
 from pit_core.ip_adapter.tokens import load_ip_tokens
 from pit_core.ip_prior.checkpoint import load_prior
 
@@ -211,6 +214,27 @@ def test_a_concept_can_be_started_from(run: Run, models: list, parts: Path, tmp_
     assert tiny_stack.same(a, b) > 1e-3
 
 
+def test_a_concept_can_be_varied_without_parts(run: Run, models: list, parts: Path, tmp_path: Path) -> None:
+    given = ["sample", "--init", parts / "wing.png", "--count", 1, "--out", tmp_path, *models]
+    code, _, errors = run(*given)
+    assert (code, errors) == (0, "")
+    record = json.loads((tmp_path / "001-record.json").read_text("utf-8"))
+    assert (record["jobs"][0]["parts"], record["settings"]["prior"]["strength"]) == ([], 0.6)
+    assert run("sample", "--repeat", tmp_path / "001-record.json", "--out", tmp_path)[0] == 0
+    assert np.array_equal(*(_pixels(tmp_path / f"00{i}-contact-sheet.png") for i in (1, 2)))
+    _refused(run(*given, "--random", 2), "Expected part pictures, got none")
+
+
+def test_patterns_name_parts_and_references(run: Run, models: list, parts: Path, tmp_path: Path) -> None:
+    """Windows' shells do not expand them."""
+    given = ["--parts", parts / "*.png", "--reference", parts / "eyes" / "big*", "--count", 1]
+    assert run("sample", *given, "--out", tmp_path, *models)[0] == 0
+    job = json.loads((tmp_path / "001-record.json").read_text("utf-8"))["jobs"][0]
+    assert [Path(part["path"]).name for part in job["parts"]] == ["horns.png", "wing.png"]
+    assert [Path(part["path"]).name for part in job["reference"]] == ["big.png"]
+    _refused(run("sample", "--parts", parts / "*.gif", *models), "Nothing matches the pattern")
+
+
 def test_more_parts_than_the_prior_knows_is_a_note_not_an_error(
     run: Run, models: list, parts: Path, tmp_path: Path
 ) -> None:
@@ -306,6 +330,21 @@ def test_a_bad_part_is_one_sentence(
     assert not out.exists()
 
 
+def test_a_bad_part_is_found_before_the_models_are_read(
+    run: Run, models: list, files: StackFiles, tmp_path: Path
+) -> None:
+    """The adapter is damaged as well, but the parts are looked at first; random sets are no exception."""
+    given = [_bad_model("cut", files, tmp_path) if word == files.ip_adapter else word for word in models]
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    bad = _bad_picture("truncated", folder)
+    _refused(run("sample", "--parts", folder, "--random", 2, *given), "'truncated.png' is damaged")
+    bad.unlink()
+    bad = _bad_picture("transparent", folder)
+    _refused(run("sample", "--parts", bad, *given), "'transparent.png': This picture is wholly transparent")
+    _refused(run("sample", "--init", bad, *given), "wholly transparent")
+
+
 def test_a_cmyk_part_is_taken(run: Run, models: list, tmp_path: Path) -> None:
     Image.new("CMYK", (30, 30), (0, 200, 200, 0)).save(tmp_path / "print.jpg")
     code, _, errors = run(
@@ -348,6 +387,28 @@ def test_a_bad_model_file_is_one_sentence(
     out = tmp_path / "out"
     named = [word for pair in given.items() for word in pair]
     _refused(run("sample", "--parts", parts / "wing.png", "--out", out, *named), words)
+    assert not out.exists()
+
+
+def test_an_adapter_for_sd15_is_refused_with_sdxl(
+    run: Run, models: list, files: StackFiles, parts: Path, tmp_path: Path
+) -> None:
+    """A file as released: nested, pickled, with SD1.5's sixteen layers and text width."""
+    projector = Resampler(
+        dim=64, depth=1, dim_head=64, heads=1, num_queries=4, embedding_dim=tiny_stack.VISION, output_dim=768
+    )
+    adapter = IPAdapter(projector, IPLayers([16] * 16, 768))
+    nested: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, tensor in adapter.state_dict().items():
+        first, rest = key.split(".", 1)
+        nested[first][rest] = tensor
+    torch.save(nested, tmp_path / "ip-adapter-plus_sd15.bin")
+    given = [tmp_path / "ip-adapter-plus_sd15.bin" if word == files.ip_adapter else word for word in models]
+    out = tmp_path / "out"
+    words = (
+        "'ip-adapter-plus_sd15.bin' is made for SD1.5 (16 layers, text width 768), but the loaded model is"
+    )
+    _refused(run("sample", "--parts", parts / "wing.png", "--out", out, *given), words)
     assert not out.exists()
 
 
@@ -447,6 +508,20 @@ def test_the_script_prints_one_line_and_no_traceback(root: Path, tmp_path: Path)
     assert done.stderr == f"pit: There is no file '{tmp_path / 'wing.png'}'.\n"
 
 
+def test_names_that_the_console_cannot_show_are_escaped(
+    files: StackFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when Windows' output goes into a file: its own code page, and an error for what that lacks."""
+    console = TextIOWrapper(BytesIO(), encoding="cp1252", errors="strict")
+    monkeypatch.setattr(sys, "stdout", console)
+    with pytest.raises(SystemExit) as caught:
+        main(["convert", str(files.prior), str(tmp_path / "\N{DRAGON}é.safetensors")])
+    console.flush()
+    assert int(caught.value.code or 0) == 0
+    assert (tmp_path / "\N{DRAGON}é.safetensors").is_file()
+    assert "\\U0001f409é.safetensors" in console.buffer.getvalue().decode("cp1252")
+
+
 def test_help_imports_nothing_heavy(root: Path) -> None:
     script = """
 import sys
@@ -528,6 +603,16 @@ def test_verify_reports_and_tells_by_its_exit_code(run: Run, files: StackFiles, 
     code, text, _ = run("verify", "--prior", files.ip_adapter)
     assert code == 2
     assert "FAIL  --prior" in text
+
+
+@pytest.mark.usefixtures("miniature")
+def test_verify_takes_the_steps_for_the_miniature_too(run: Run) -> None:
+    pictures = [run("verify", *steps)[1].splitlines()[-2] for steps in ([], ["--steps", 1], ["--steps", 2])]
+    assert all(picture.startswith("ok    picture") for picture in pictures)
+    assert pictures[0] == pictures[2] != pictures[1]  # the toy stack's own are 2
+    code, text, _ = run("verify", "--steps", 0)
+    assert code == 2
+    assert "FAIL  picture: Expected steps" in text
 
 
 def test_the_version_is_told(run: Run) -> None:

@@ -1,7 +1,9 @@
 """Downloads, against a server on the loopback that can break off, lie, and forget about ranges."""
 
 import hashlib
+import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -9,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from pit_core import download as module
+from pit_core.cli import main
 from pit_core.download import RELEASES, Release, download
 from pit_core.errors import PitError
 
@@ -149,6 +152,128 @@ def test_says_what_it_will_fetch_how_big_it_is_and_from_where(hub: Hub, tmp_path
         assert said in plans[0]
     assert not list(tmp_path.iterdir()), "a no leaves nothing behind"
     assert not _gets(hub)
+
+
+def test_a_pinned_release_is_asked_for_by_its_commit(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"prior.ckpt": "models/prior.ckpt"}
+    monkeypatch.setitem(RELEASES, "toy", Release("Toy", "owner/toy", files, revision="c0ffee"))
+    hub.content = {WEIGHTS.replace("main", "c0ffee"): CONTENT}
+    assert _fetch(hub, tmp_path)[0].read_bytes() == CONTENT
+    monkeypatch.setitem(
+        RELEASES, "toy-folder", Release("Toy", "owner/toy", folder="directions", revision="c0ffee")
+    )
+    listing = "/api/models/owner/toy/tree/c0ffee/directions?recursive=true"
+    entry = {"type": "file", "path": "directions/note.txt", "size": len(CONFIG)}
+    hub.content = {
+        listing: json.dumps([entry]).encode(),
+        "/owner/toy/resolve/c0ffee/directions/note.txt": CONFIG,
+    }
+    assert _fetch(hub, tmp_path, "toy-folder")[0].read_bytes() == CONFIG
+
+
+def test_a_recorded_checksum_holds_for_small_files_too(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"cfg.yaml": "models/cfg.yaml"}
+    other = hashlib.sha256(b"hidden_dim: 191\n").hexdigest()
+    for recorded in (other, hashlib.sha256(CONFIG).hexdigest()):
+        monkeypatch.setitem(
+            RELEASES, "toy", Release("Toy", "owner/toy", files, hashes={"cfg.yaml": recorded})
+        )
+        if recorded == other:
+            with pytest.raises(PitError, match=f"arrived damaged .*not {other[:12]}"):
+                _fetch(hub, tmp_path)
+            assert not list((tmp_path / "toy").iterdir())
+    assert _fetch(hub, tmp_path)[0].read_bytes() == CONFIG
+
+
+def test_a_server_that_announces_another_checksum_than_the_recorded_one_is_not_asked_for_it(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"prior.ckpt": "models/prior.ckpt"}
+    release = Release("Toy", "owner/toy", files, hashes={"prior.ckpt": "0" * 64})
+    monkeypatch.setitem(RELEASES, "toy", release)
+    with pytest.raises(PitError, match="should have the SHA-256 000000000000... but the server offers"):
+        _fetch(hub, tmp_path)
+    assert not _gets(hub)
+
+
+def test_every_fetched_files_checksum_is_told_with_what_it_was_compared_to(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def fetch(into: Path) -> None:
+        download("toy", into, base_url=hub.url, confirm=lambda _: True, tell=told.append, progress=False)
+
+    fetch(tmp_path / "a")
+    settings = hashlib.sha256(CONFIG).hexdigest()
+    assert told == [
+        f"prior.ckpt: sha256 {HASH}, as announced",
+        f"cfg.yaml: sha256 {settings}, compare it with a copy that you trust",
+    ]
+    recorded = {"prior.ckpt": HASH, "cfg.yaml": settings}
+    monkeypatch.setitem(RELEASES, "toy", replace(RELEASES["toy"], hashes=recorded))
+    told.clear()
+    fetch(tmp_path / "b")
+    assert [line.rsplit(", ", 1)[1] for line in told] == ["as recorded", "as recorded"]
+    fetch(tmp_path / "b")
+    assert len(told) == 2, "nothing is fetched a second time"
+
+
+def _command(hub: Hub, into: Path, *more: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["download", "toy", "--into", str(into), "--server", hub.url, *more])
+    return int(ended.value.code or 0)
+
+
+def test_without_a_terminal_the_command_asks_for_yes(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _command(hub, tmp_path) == 2
+    assert capsys.readouterr().err == (
+        "pit: Nothing was downloaded: there is no terminal to ask on; add --yes to agree to it.\n"
+    )
+    assert not _gets(hub)
+    assert _command(hub, tmp_path, "--yes") == 0
+    out = capsys.readouterr().out
+    assert f"prior.ckpt: sha256 {HASH}" in out
+    assert str(tmp_path / "toy" / "cfg.yaml") in out
+
+
+class Terminal(io.StringIO):
+    """Somebody types this."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "words"), [("n", 1, "Nothing was downloaded."), ("y", 0, "cfg.yaml")]
+)
+def test_the_command_does_as_it_is_told_on_a_terminal(
+    hub: Hub,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str,
+    code: int,
+    words: str,
+) -> None:
+    monkeypatch.setattr("sys.stdin", Terminal(f"{answer}\n"))
+    assert _command(hub, tmp_path) == code
+    assert words in capsys.readouterr().out.splitlines()[-1]
+    assert bool(_gets(hub)) == (answer == "y")
+
+
+def test_a_question_that_is_broken_off_is_an_interruption(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", Terminal(""))
+    assert _command(hub, tmp_path) == 130
+    assert capsys.readouterr().err.endswith("pit: interrupted.\n")
 
 
 def test_what_is_there_already_is_neither_fetched_nor_asked_about(hub: Hub, tmp_path: Path) -> None:
@@ -370,5 +495,7 @@ def test_every_release_names_a_repository_and_plain_local_paths() -> None:
     for name, release in RELEASES.items():
         assert name == name.lower() and release.about and release.repository.count("/") == 1
         assert bool(release.files) != bool(release.folder)
-        assert release.sizes.keys() <= release.files.keys()
+        assert release.sizes.keys() | release.hashes.keys() <= release.files.keys()
+        assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in release.hashes.values())
+        assert release.revision == "main" or re.fullmatch(r"[0-9a-f]{40}", release.revision)
         assert not any(".." in local or local.startswith("/") for local in release.files)

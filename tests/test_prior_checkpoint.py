@@ -13,7 +13,7 @@ from torch import nn
 
 from pit_core.errors import PitError
 from pit_core.files import hash_tensors, load_tensors
-from pit_core.ip_prior.checkpoint import convert_prior, load_prior, save_prior
+from pit_core.ip_prior.checkpoint import convert_prior, load_prior, recorded_max_crops, save_prior
 from pit_core.ip_prior.info import PriorInfo
 from pit_core.ip_prior.model import IPPrior
 
@@ -169,6 +169,20 @@ def test_a_yaml_of_the_files_own_name_goes_before_cfg_yaml(released):
     os.rename(released / "prior.ckpt", released / "toys.ckpt")
     (released / "toys.yaml").write_text(CFG.replace("max_crops: 7", "max_crops: 4"))
     assert load_prior(released / "toys.ckpt")[1].max_crops == 4
+
+
+def test_the_number_of_parts_is_known_without_the_weights(released, tmp_path, prior):
+    convert_prior(released, tmp_path / "new.safetensors")
+    (released / "prior.ckpt").write_bytes(b"not read")
+    assert [recorded_max_crops(path) for path in (released, released / "prior.ckpt")] == [7, 7]
+    assert recorded_max_crops(tmp_path / "new.safetensors") == 7
+
+
+@pytest.mark.parametrize("text", ["max_crops: many", "max_crops: true", "max_crops: 0", "lr: 1", "- 1", "{"])
+def test_the_default_number_of_parts_stands_in_for_what_the_loader_refuses(released, text):
+    (released / "cfg.yaml").write_text(text)
+    assert recorded_max_crops(released) == PriorInfo.max_crops
+    assert recorded_max_crops(released / "none.safetensors") == PriorInfo.max_crops
 
 
 def test_an_explicit_config_goes_first(released, tmp_path):

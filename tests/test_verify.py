@@ -1,5 +1,6 @@
 """`pit verify` on whole files, on broken ones, and on ones that do not belong together."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from pit_core.concepts import StackFiles
 from pit_core.ip_adapter.checkpoint import save_ip_adapter
-from pit_core.verify import verify, verify_stack
+from pit_core.runs import fingerprint
+from pit_core.verify import Report, verify, verify_stack
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,51 @@ def test_files_in_order_are_reported_with_hashes_and_a_picture(files: StackFiles
     with Image.open(report.picture) as picture:
         assert picture.size == (32, 32)
     assert str(verify(files.named(), steps=2)).splitlines()[-2] == text.splitlines()[-2]  # the picture's hash
+
+
+def test_the_folder_with_sdxls_settings_is_in_the_report(files: StackFiles, tmp_path: Path) -> None:
+    shutil.copytree(files.sdxl, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
+    lines = str(verify({"sdxl_config": tmp_path / "config"})).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("ok    --sdxl-config config: "))
+    assert lines[at + 1] == f"      sha256 {fingerprint(tmp_path / 'config')}"
+    (tmp_path / "config" / "model_index.json").unlink()
+    report = verify({"sdxl_config": tmp_path / "config"})
+    assert not report.ok
+    assert "FAIL  --sdxl-config config: 'config' is no diffusers folder" in str(report)
+
+
+def test_an_unexpected_error_is_a_line_and_the_others_go_on(tmp_path: Path) -> None:
+    report = Report(paths=(tmp_path / "sdxl",))
+
+    def fail() -> None:
+        raise KeyError(f"{tmp_path}/sdxl\nof {Path.home()}")
+
+    assert report.check("division", lambda: 1 / 0) is None
+    assert report.check("key", fail) is None
+    assert report.check("third", lambda: (3, "fine")) == 3
+    assert not report.ok
+    assert report.lines[0] == "FAIL  division: ZeroDivisionError: division by zero"
+    assert report.lines[1].startswith("FAIL  key: KeyError: 'sdxl")
+    assert str(tmp_path) not in str(report) and str(Path.home()) not in str(report)
+    assert report.lines[2] == "ok    third: fine"
+
+
+def test_a_unet_config_that_nobody_expected_fails_as_a_line(files: StackFiles, tmp_path: Path) -> None:
+    shutil.copytree(files.sdxl, tmp_path / "sdxl")
+    config = json.loads((files.sdxl / "unet" / "config.json").read_text("utf-8"))
+    config["reverse_transformer_layers_per_block"] = [1]
+    (tmp_path / "sdxl" / "unet" / "config.json").write_text(json.dumps(config), "utf-8")
+    report = verify({"sdxl": tmp_path / "sdxl", "prior": files.prior})
+    assert [line[:12] for line in report.lines if line.startswith("FAIL")] == ["FAIL  --sdxl"]
+    assert "ok    --prior" in str(report)
+
+
+def test_a_picture_that_cannot_be_kept_fails_as_a_line(files: StackFiles, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file in the way")
+    report = verify(files.named(), out=tmp_path / "out", steps=1)
+    assert not report.ok
+    assert report.picture is None
+    assert "FAIL  picture: " in str(report)
 
 
 def test_a_single_file_is_checked_alone(files: StackFiles) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import PitError
@@ -87,6 +88,19 @@ def load_prior(
     for note in info.notes:
         log.warning(note)
     return prior.eval(), info
+
+
+def recorded_max_crops(path: Path_) -> int:
+    """`max_crops` of a prior from its settings alone; the default where they do not say.
+
+    Reads no weights. What is wrong with the file is left for `load_prior` to say.
+    """
+    try:
+        path = _locate(path)
+        value = _settings(path, _metadata_alone(path), None).get("max_crops")
+    except PitError:
+        value = None
+    return value if type(value) is int and value >= 1 else PriorInfo.max_crops
 
 
 def save_prior(
@@ -210,6 +224,15 @@ def _settings(path: Path, metadata: Mapping[str, str], config: Settings) -> dict
     if config is None:
         return own
     return own | dict(config if isinstance(config, Mapping) else read_yaml_settings(existing_file(config)))
+
+
+def _metadata_alone(path: Path) -> dict[str, str]:
+    """A safetensors file's metadata; of any other file none."""
+    try:
+        with safe_open(str(path), framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        return {}
 
 
 def _metadata_settings(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
