@@ -63,9 +63,7 @@ def _written(out: Path, folder: Path, only: str | None) -> dict[str, Any]:
             raise PitError(f"The stage {sources[-1]} has no checkpoint under '{out}'; train it first.")
         if newest is not None:
             state = json.loads((newest / "state.json").read_text("utf-8"))
-            trained_as = (
-                newest.parent.parent.name
-            )  # its last stage
+            trained_as = newest.parent.parent.name  # its last stage
             entries |= {name: _entry(folder / name, trained_as, state) for name in write(out, folder)}
     return entries
 
