@@ -201,6 +201,8 @@ class RiemannianAdamW(_Riemannian):
         states = [self.state[parameter] for parameter in parameters]
         device = parameters[0].device
         fused = device.type in ("cpu", "cuda")
+        # torch decays before the step, with these numbers to the same effect as decaying after it
+        lr, kept = group["lr"], 1 - group["lr"] * group["weight_decay"]
         # torch wants a count for each parameter, and counts them on itself
         counts = torch.full((len(parameters),), float(group["steps"]), device=device if fused else "cpu")
         adamw(
@@ -215,13 +217,11 @@ class RiemannianAdamW(_Riemannian):
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=0.0,
+            lr=lr * kept,
+            weight_decay=group["weight_decay"] / kept,
             eps=group["eps"],
             maximize=False,
         )
-        if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
 
 
 def _damped_inverse(grams: Tensor, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
@@ -232,6 +232,8 @@ def _damped_inverse(grams: Tensor, damping: float, relative: bool) -> tuple[Tens
     damped = grams + identity * (damping * trace / rank if relative else damping)
     damped = torch.where(trace <= SMALL**2, identity, damped)  # the trace is the factor's squared norm
     root, info = torch.linalg.cholesky_ex(damped)
+    if root.device.type == "cpu":  # faster there, but on a GPU it may go matrix by matrix
+        return torch.cholesky_inverse(root), info
     inverse_root = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
     return inverse_root.mT @ inverse_root, info
 
