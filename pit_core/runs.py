@@ -9,7 +9,6 @@ import os
 import platform
 import random
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -221,13 +220,9 @@ _hashes: dict[str, tuple[int, int, str]] = {}
 
 def hashes_file() -> Path:
     """Where the hashes of large files are kept between runs: in the system's folder for caches."""
-    if os.name == "nt":
-        base = os.environ.get("LOCALAPPDATA") or os.path.expanduser("~\\AppData\\Local")
-    elif sys.platform == "darwin":
-        base = os.path.expanduser("~/Library/Caches")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "piece-it-together" / "hashes.json"
+    from platformdirs import user_cache_path
+
+    return user_cache_path("piece-it-together", appauthor=False) / "hashes.json"
 
 
 def _remembered_hash(path: Path, fresh: bool) -> str:
