@@ -207,6 +207,8 @@ class RealBench(Bench):
         comfy.options.enable_args_parsing()
         import folder_paths
 
+        importlib.import_module("utils.extra_config")  # like main.py: `import nodes` hides these `utils`
+
         folder_paths.models_dir = str(folder / "models")
         folder_paths.set_output_directory(str(folder / "output"))
         folder_paths.set_temp_directory(str(folder / "temp"))

@@ -14,17 +14,20 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import benches  # noqa: E402
 
 HOST = os.environ.get("PIT_TESTS_ON_HOST")
-# Those start a host of their own.
-collect_ignore = (
-    [
-        "test_end_to_end.py",
-        "test_miniature_in_comfyui.py",
-        "test_on_the_real_host.py",
-        "test_parity_with_diffusers.py",
-    ]
-    if HOST
-    else []
-)
+
+
+def _runs_in_the_host(path: Path) -> bool:
+    """What stands on the bench does, unless it starts a host of its own."""
+    text = path.read_text("utf-8")
+    return "Bench" in text and "pytest.mark.host" not in text
+
+
+collect_ignore = [p.name for p in HERE.glob("test_*.py") if not _runs_in_the_host(p)] if HOST else []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The host's interpreter has pytest at most, none of its plugins."""
+    config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout")
 
 
 @pytest.fixture(scope="session")

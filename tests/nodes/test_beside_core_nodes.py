@@ -194,6 +194,23 @@ def test_loras_before_or_after_the_tokens(real: RealBench, given: dict[str, Any]
     assert all(torch.equal(value, before[name]) for name, value in model.model.state_dict().items())
 
 
+def test_loras_of_one_condition(real: RealBench, given: dict[str, Any]) -> None:
+    """Core's hooks: a LoRA on both conditions is one on the model; on the positive alone it is neither."""
+    import comfy.hooks
+    import core_models
+
+    patched = applied(real, given)
+    hooks = comfy.hooks.create_hook_lora(lora(), 1.0, 0.0)
+    (hooked, rest), (plain, _) = real.conds(hooks=hooks), real.conds()
+    base, whole = real.sample(patched), real.sample(core_models.with_lora(patched, lora()))
+    assert close(real.sample(patched, conds=[hooked, rest]), whole)
+    half = real.sample(patched, conds=[hooked, real.conds()[1]])
+    assert not close(half, whole) and not close(half, base)
+    alone = real.sample(patched, conds=[hooked, rest], cfg=1.0)
+    assert close(real.sample(patched, conds=[hooked, real.conds()[1]], cfg=1.0), alone)
+    assert torch.equal(real.sample(patched, conds=[plain, real.conds()[1]]), base)
+
+
 def test_a_controlnet_does_not_see_the_tokens(real: RealBench, given: dict[str, Any]) -> None:
     import core_models
 
