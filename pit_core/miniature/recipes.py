@@ -117,7 +117,7 @@ RECIPES: dict[str, LoopConfig] = {
         save_every=200,
     ),
     "adapter": LoopConfig(
-        steps=3000,
+        steps=4000,
         batch_size=48,
         lr=1e-3,
         schedule="cosine",

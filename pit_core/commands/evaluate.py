@@ -1,0 +1,36 @@
+"""`pit evaluate`: measured on the miniature's world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import group, plain_errors
+
+app = group("Measure the methods on the miniature's world.")
+
+
+@app.command("concepts")
+@plain_errors
+def concepts(
+    count: Annotated[int, typer.Option(help="Held-out critters.")] = 200,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the table and pictures.", show_default=False)
+    ] = None,
+) -> None:
+    """Parts kept and valid creatures: the IP-Prior against averaging and concatenating tokens."""
+    from .. import evaluate
+    from ..miniature.models import load_reader, load_stack
+
+    rows = evaluate.concepts(
+        load_stack(),
+        load_reader("judge"),
+        count=count,
+        seed=seed,
+        out=out,
+        progress=lambda text: typer.echo(text, err=True),
+    )
+    typer.echo(evaluate.table(rows))

@@ -1,0 +1,53 @@
+"""`pit miniature`: the small trained stack that comes with the pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import group, plain_errors
+
+app = group("The small trained stack that comes with the pack.")
+
+
+@app.command("train")
+@plain_errors
+def train(
+    stage: Annotated[
+        str | None, typer.Argument(help="One stage; all in order without it.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")] = Path("runs/miniature"),
+    minutes: Annotated[float | None, typer.Option(help="Stop after that time.", show_default=False)] = None,
+    processes: Annotated[int, typer.Option(help="Processes that share each batch.")] = 1,
+    from_shipped: Annotated[
+        bool, typer.Option("--from-shipped", help="Let the shipped weights stand in for untrained stages.")
+    ] = False,
+) -> None:
+    """Train the miniature from nothing, stage by stage; goes on where an earlier run stopped."""
+    from ..miniature.train import main as train
+
+    for name, result in train(stage, out, minutes, processes, from_shipped=from_shipped):
+        typer.echo(f"{name}: {'finished' if result.finished else 'stopped'} at step {result.step}")
+
+
+@app.command("export")
+@plain_errors
+def export(
+    stage: Annotated[
+        str | None, typer.Argument(help="One stage; all that are trained without it.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the training.")] = Path("runs/miniature"),
+    weights: Annotated[
+        Path | None, typer.Option(help="Where to; the pack's own weights by default.", show_default=False)
+    ] = None,
+) -> None:
+    """Write the trained miniature as fp16 files in the released layouts, with their manifest."""
+    from ..miniature.export import export
+    from ..miniature.models import WEIGHTS
+
+    manifest = export(out, weights or WEIGHTS, stage)
+    for name, entry in manifest["files"].items():
+        typer.echo(f"{name}: {entry['bytes'] / 1e6:.2f} MB, {entry['steps']} steps")
+    typer.echo(f"together {manifest['bytes'] / 2**20:.1f} MB")
