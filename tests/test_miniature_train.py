@@ -19,7 +19,7 @@ from pit_core.miniature.batches import to_pixels
 from pit_core.miniature.critters import render_part
 from pit_core.miniature.data import concept_critter
 from pit_core.miniature.export import LIMIT, export
-from pit_core.miniature.recipes import RECIPES
+from pit_core.miniature.recipes import RECIPES, quick_precision
 from pit_core.miniature.scale import scaled_config, set_scale
 from pit_core.miniature.sets import base_pictures, pictures
 from pit_core.train.loop import Result, latest_checkpoint
@@ -142,6 +142,15 @@ def test_with_a_scale_batches_are_no_larger_than_the_set(tmp_path: Path) -> None
 
 
 # what trained stages are read back as
+
+
+def test_bf16_is_left_to_processors_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = RECIPES["prior"]
+    for capability, precision in (("AVX512", "bf16"), ("AVX2", "no"), ("DEFAULT", "no")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+        assert quick_precision(recipe).precision == precision
+    assert quick_precision(RECIPES["adapter"]) == RECIPES["adapter"]
 
 
 def test_latents_are_standard_and_measured_anew_for_another_encoder(out: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ..train.loop import Data, Objective, Result, latest_checkpoint, train
 from . import models, reader
 from .batches import Captioned, Concepts, Conditioned, Pictures, to_pixels
 from .objectives import ContrastiveObjective, DecoderObjective, ReaderObjective, UNetObjective, VAEObjective
-from .recipes import RECIPES, SNR_LIMIT
+from .recipes import RECIPES, SNR_LIMIT, quick_precision
 from .scale import scaled_config, set_scale
 from .sets import base_pictures, captioner, everything, pictures, vision_pictures
 from .tokenizer import WordTokenizer
@@ -94,7 +94,7 @@ def _shared(name: str, out: Path, minutes: float | None, processes: int) -> Resu
 
 
 def _train(name: str, objective: Objective, batches: Data, out: Path, **options: Any) -> Result:
-    config = scaled_config(out, RECIPES[name], len(batches))
+    config = quick_precision(scaled_config(out, RECIPES[name], len(batches)))
     return train(objective, batches, config, out / name, description=name.replace("-", " "), **options)
 
 

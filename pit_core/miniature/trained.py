@@ -236,9 +236,9 @@ def alphas_cumprod() -> Tensor:
 def base_latents(out: Path, vae: Any) -> np.ndarray:
     """Scaled latents (N, 4, 16, 16) of the base pictures."""
 
-    def make(pixels: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return vae.encode(pixels).latent_dist.mode().float() * models.SDXL_LATENT_SCALE
+    def make(pixels: Tensor) -> Tensor:  # a few at a time: what stays in the CPU's cache is twice as fast
+        latents = torch.cat([vae.encode(few).latent_dist.mode() for few in pixels.split(4)])
+        return latents * models.SDXL_LATENT_SCALE
 
     return _of_base(out, "latents", make, weights_of(out, "vae"))
 
