@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from .errors import PitError
 from .files import write_text_atomic
 from .miniature import critters, reader
 from .miniature.batches import to_pixels
+from .miniature.captions import caption
 from .miniature.critters import Critter
 from .miniature.data import Picture, concept_critter, part_view
 from .pictures import SheetRow, Tile, contact_sheet, save_png
@@ -106,6 +107,43 @@ def concepts(
     if out is not None:
         _write(out, rows, grids, cases, count, seed)
     return rows
+
+
+def accepted(
+    stack: Stack, judge: torch.nn.Module, *, count: int = 200, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """By weight file, what the second reader reads off its pictures of held-out critters.
+
+    The UNet draws from captions, the adapter from the critters' own tokens, the prior from some of the parts;
+    the adapter and the UNet have to keep every part. Raises PitError for a count or a seed out of range.
+    """
+    cases = concept_cases(count, seed)
+    wholes = [replace(case, given=tuple(case.critter.parts())) for case in cases]
+    seeds = [MOST * seed + index for index in range(count)]
+    noise = [picture_seed(s) for s in seeds]
+    jobs = [Job(case.parts, [s]) for case, s in zip(cases, seeds, strict=True)]
+    sampled = list(torch.cat(sample_jobs(stack, jobs, PriorSettings())))
+    own = list(stack.encode([Image.fromarray(Picture(case.critter).draw()) for case in cases]))
+    drawn = {
+        "ip_prior.safetensors": (_drawn(stack, sampled, noise), cases),
+        "ip_adapter_plus.safetensors": (_drawn(stack, own, noise), wholes),
+        "unet/diffusion_pytorch_model.safetensors": (_from_captions(stack, wholes, noise), wholes),
+    }
+    rows = {name: _row(name, judge, images, shown) for name, (images, shown) in drawn.items()}
+    return {
+        name: {"parts_kept": row.kept, "valid": row.valid, "accepted_on": count, "accepted_seed": seed}
+        for name, row in rows.items()
+    }
+
+
+def _from_captions(stack: Stack, cases: Sequence[ConceptCase], seeds: Sequence[int]) -> list[Image.Image]:
+    """What the UNet draws of the critters' full captions alone."""
+    nothing = stack.null("grey")
+    images = []
+    for case, seed in zip(cases, seeds, strict=True):
+        settings = replace(stack.defaults, prompt=caption(case.critter), weight=0.0)
+        images += stack.renderer.render(nothing, nothing, settings, seeds=[seed])
+    return images
 
 
 def _methods(

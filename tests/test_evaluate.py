@@ -150,3 +150,15 @@ def test_the_ceiling_and_the_baselines_are_what_they_are_called(stack: Stack) ->
         assert torch.allclose(tokens.mean(0), mean, atol=1e-6)
     truth = methods["ceiling: the true concept's tokens"]
     assert all(tokens.shape == truth[0].shape for tokens in methods["IP-Prior"])
+
+
+def test_weights_are_accepted_by_what_their_pictures_show(stack: Stack, judge: torch.nn.Module) -> None:
+    figures = evaluate.accepted(stack, judge, count=2, seed=2)
+    assert set(figures) == {
+        "ip_prior.safetensors",
+        "ip_adapter_plus.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+    }
+    for found in figures.values():
+        assert 0 <= found["parts_kept"] <= 1 and 0 <= found["valid"] <= 1
+        assert (found["accepted_on"], found["accepted_seed"]) == (2, 2)

@@ -18,7 +18,7 @@ from pit_core.miniature import models, train, trained
 from pit_core.miniature.batches import to_pixels
 from pit_core.miniature.critters import render_part
 from pit_core.miniature.data import concept_critter
-from pit_core.miniature.export import LIMIT, export
+from pit_core.miniature.export import LIMIT, export, note_figures
 from pit_core.miniature.recipes import RECIPES, quick_precision
 from pit_core.miniature.scale import scaled_config, set_scale
 from pit_core.miniature.sets import base_pictures, pictures
@@ -199,7 +199,16 @@ def test_export_writes_all_files_and_their_manifest(weights: Path) -> None:
     for name, entry in manifest["files"].items():
         assert entry["sha256"] == sha256_of(weights / name)
         assert entry["bytes"] == (weights / name).stat().st_size
-        assert entry["steps"] == 2 and isinstance(entry["seed"], int) and entry["figures"]
+        assert entry["figures"] and [stage["steps"] for stage in entry["stages"]] == [2] * len(
+            entry["stages"]
+        )
+    stages = {
+        name: [stage["stage"] for stage in entry["stages"]] for name, entry in manifest["files"].items()
+    }
+    assert stages["vae/config.json"] == ["vae", "decoder"]
+    assert stages["unet/diffusion_pytorch_model.safetensors"] == ["unet", "unet-further", "unet-finish"]
+    assert stages["image_encoder.safetensors"] == ["encoders", "vision"]
+    assert stages["text_encoder.safetensors"] == ["encoders"]
     assert manifest["bytes"] == sum(entry["bytes"] for entry in manifest["files"].values()) < LIMIT
 
 
@@ -236,6 +245,28 @@ def test_only_finished_stages_are_exported(out: Path, tmp_path: Path) -> None:
     assert set(export(little, tmp_path / "weights")["files"]) == {"reader_judge.safetensors"}
     with pytest.raises(PitError, match="The stage unet has no checkpoint"):
         export(little, tmp_path / "weights", only="unet")
+
+
+def test_shipped_weights_keep_the_stages_that_they_went_through(
+    out: Path, weights: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(weights, tmp_path / "out" / "shipped")
+    shutil.copytree(out / "unet-finish", tmp_path / "out" / "unet-finish")
+    later = export(tmp_path / "out", tmp_path / "weights", only="unet")
+    before = models.read_manifest(weights)
+    for name, entry in later["files"].items():
+        assert [stage["stage"] for stage in entry["stages"]] == ["unet", "unet-further", "unet-finish"]
+        assert entry["figures"] == before["files"][name]["figures"]
+
+
+def test_figures_that_weights_were_accepted_at_are_added(weights: Path, tmp_path: Path) -> None:
+    shutil.copytree(weights, tmp_path / "weights")
+    before = models.read_manifest(weights)["files"]["ip_prior.safetensors"]
+    note_figures({"ip_prior.safetensors": {"parts_kept": 0.912345}}, tmp_path / "weights")
+    entry = models.read_manifest(tmp_path / "weights")["files"]["ip_prior.safetensors"]
+    assert entry == {**before, "figures": {**before["figures"], "parts_kept": 0.9123}}
+    with pytest.raises(PitError, match="does not list 'other.safetensors'; export it first"):
+        note_figures({"other.safetensors": {}}, tmp_path / "weights")
 
 
 # use

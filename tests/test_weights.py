@@ -24,6 +24,7 @@ from pit_core.miniature.batches import to_pixels
 from pit_core.miniature.data import world_picture
 from pit_core.miniature.export import LIMIT
 from pit_core.miniature.models import STACK_FILES, WEIGHTS
+from pit_core.miniature.recipes import RECIPES
 from pit_core.miniature.sets import reader_picture
 from pit_core.miniature.train import reconstruction_db
 
@@ -65,7 +66,9 @@ def test_the_weights_stay_within_their_limit() -> None:
 
 def test_every_file_says_how_it_was_made() -> None:
     for name, entry in _shipped().items():
-        assert isinstance(entry["seed"], int) and entry["steps"] > 0 and entry["figures"], name
+        assert entry["stages"] and entry["figures"], name
+        for stage in entry["stages"]:
+            assert stage["stage"] in RECIPES and isinstance(stage["seed"], int) and stage["steps"] > 0, name
 
 
 def test_all_weights_are_finite_and_fp16() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,5 +49,30 @@ def export(
 
     manifest = export(out, weights or WEIGHTS, stage)
     for name, entry in manifest["files"].items():
-        typer.echo(f"{name}: {entry['bytes'] / 1e6:.2f} MB, {entry['steps']} steps")
+        typer.echo(f"{name}: {entry['bytes'] / 1e6:.2f} MB, {', '.join(_stages(entry))}")
     typer.echo(f"together {manifest['bytes'] / 2**20:.1f} MB")
+
+
+def _stages(entry: dict[str, Any]) -> list[str]:
+    return [f"{stage['steps']} steps {stage['stage']}" for stage in entry["stages"]]
+
+
+@app.command("accept")
+@plain_errors
+def accept(
+    count: Annotated[int, typer.Option(help="Held-out critters.")] = 200,
+    seed: Annotated[int, typer.Option()] = 0,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder; the pack's own weights by default.", show_default=False)
+    ] = None,
+) -> None:
+    """Note in the manifest what the exported weights' pictures show: parts kept, valid creatures."""
+    from ..evaluate import accepted
+    from ..miniature.export import note_figures
+    from ..miniature.models import WEIGHTS, load_reader, load_stack
+
+    folder = weights or WEIGHTS
+    figures = accepted(load_stack(folder), load_reader("judge", folder), count=count, seed=seed)
+    note_figures(figures, folder)
+    for name, found in figures.items():
+        typer.echo(f"{name}: {found['parts_kept']:.3f} of the parts kept, {found['valid']:.3f} valid")

@@ -47,7 +47,7 @@ def export(
         for name in entries:
             (weights / name).parent.mkdir(exist_ok=True)
             os.replace(Path(folder) / name, weights / name)
-    write_text_atomic(weights / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    _write_manifest(weights, manifest)
     return manifest
 
 
@@ -56,27 +56,62 @@ def _written(out: Path, folder: Path, only: str | None) -> dict[str, Any]:
     if only is not None and only not in _WRITERS:
         raise PitError(f"There is no stage '{only}' to export; the stages are {', '.join(_WRITERS)}.")
     entries: dict[str, Any] = {}
-    for stage in _WRITERS if only is None else (only,):
-        sources, write = _WRITERS[stage]
-        newest = next((found for source in sources if (found := latest_checkpoint(out / source))), None)
-        if newest is None and only:
-            raise PitError(f"The stage {sources[-1]} has no checkpoint under '{out}'; train it first.")
-        if newest is not None:
-            state = json.loads((newest / "state.json").read_text("utf-8"))
-            trained_as = newest.parent.parent.name  # its last stage
-            entries |= {name: _entry(folder / name, trained_as, state) for name in write(out, folder)}
+    for name in _WRITERS if only is None else (only,):
+        stages, write = _WRITERS[name]
+        if any(latest_checkpoint(out / stage) for stage in stages):
+            entries |= {file: _entry(folder, file, _history(out, file)) for file in write(out, folder)}
+        elif only:
+            raise PitError(f"The stage {stages[0]} has no checkpoint under '{out}'; train it first.")
     return entries
 
 
-def _entry(path: Path, stage: str, state: dict[str, Any]) -> dict[str, Any]:
+def _entry(folder: Path, name: str, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the manifest says of a file: the stages that it went through, and the last one's figures."""
+    path = folder / name
+    stages = [{key: stage[key] for key in ("stage", "seed", "steps")} for stage in history]
     return {
         "sha256": sha256_of(path),
         "bytes": path.stat().st_size,
-        "stage": stage,
-        "seed": state["config"]["seed"],
-        "steps": state["step"],
-        "figures": {key: round(value, 4) for key, value in state["metrics"].items()},
+        "stages": stages,
+        "figures": history[-1]["figures"],
     }
+
+
+def _history(out: Path, name: str) -> list[dict[str, Any]]:
+    """The stages of a file's weights, in order; those that shipped weights went through as recorded there."""
+    shipped = out / "shipped"
+    recorded = models.read_manifest(shipped)["files"].get(name, {}) if shipped.is_dir() else {}
+    earlier = {
+        stage["stage"]: {**stage, "figures": recorded["figures"]} for stage in recorded.get("stages", ())
+    }
+    found = []
+    for stage in _STAGES[name.split("/")[0]]:
+        newest = latest_checkpoint(out / stage)
+        if newest:
+            state = json.loads((newest / "state.json").read_text("utf-8"))
+            figures = {key: round(value, 4) for key, value in state["metrics"].items()}
+            seed, steps = state["config"]["seed"], state["step"]
+            found.append({"stage": stage, "seed": seed, "steps": steps, "figures": figures})
+        elif stage in earlier:
+            found.append(earlier[stage])
+    return found
+
+
+def note_figures(figures: dict[str, dict[str, float]], weights: Path = WEIGHTS) -> None:
+    """Add figures to the manifest by file name, as those that the files were accepted at.
+
+    Raises PitError for a file that the manifest does not list; then nothing is changed.
+    """
+    manifest = models.read_manifest(weights)
+    for name, found in figures.items():
+        if name not in manifest["files"]:
+            raise PitError(f"The manifest of '{weights}' does not list '{name}'; export it first.")
+        manifest["files"][name]["figures"] |= {key: round(value, 4) for key, value in found.items()}
+    _write_manifest(weights, manifest)
+
+
+def _write_manifest(weights: Path, manifest: dict[str, Any]) -> None:
+    write_text_atomic(weights / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
 # a writer each: training folder, target folder -> the names of the files that it wrote
@@ -122,13 +157,24 @@ def _half(model: nn.Module, folder: Path, name: str) -> str:
     return f"{name}.safetensors"
 
 
-# What is exported -> the stages whose figures count, the first that was trained; and its writer.
+# What is exported -> the stages of which at least one must have been trained here; and its writer.
 _WRITERS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], list[str]]]] = {
-    "vae": (("decoder", "vae"), _vae),
+    "vae": (("vae", "decoder"), _vae),
     "encoders": (("vision",), _encoders),
-    "unet": (trained.UNET_STAGES[::-1], _unet),
+    "unet": (trained.UNET_STAGES, _unet),
     "adapter": (("adapter",), _adapter),
     "prior": (("prior",), _prior),
     # The reader that served while tuning stays at home: figures come from the other one.
     "reader-judge": (("reader-judge",), _judge),
+}
+
+# The stages that a file's weights go through, by its folder or name.
+_STAGES: dict[str, tuple[str, ...]] = {
+    "vae": ("vae", "decoder"),
+    "image_encoder.safetensors": ("encoders", "vision"),
+    "text_encoder.safetensors": ("encoders",),
+    "unet": trained.UNET_STAGES,
+    "ip_adapter_plus.safetensors": ("adapter",),
+    "ip_prior.safetensors": ("prior",),
+    "reader_judge.safetensors": ("reader-judge",),
 }
