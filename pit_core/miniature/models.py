@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Linear
 
 from ..concepts import Stack
 from ..errors import PitError
@@ -142,7 +143,7 @@ class ConvReader(nn.Module):
         self.stages = nn.Sequential(*(_ConvBlock(before, after) for before, after in pairs))
         # Position matters (a second pair of wings, a tail on the wrong side), so the grid is kept.
         self.head = nn.Sequential(
-            nn.Flatten(), nn.Linear(widths[-1] * 16, 128), nn.GELU(), nn.Linear(128, outputs)
+            nn.Flatten(), Linear(widths[-1] * 16, 128), nn.GELU(), Linear(128, outputs)
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ class PatchReader(nn.Module):
             width, heads, 3 * width, 0.0, "gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
+        self.head = nn.Sequential(nn.LayerNorm(width), Linear(width, outputs))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, 128, 128) in [-1, 1] -> (B, outputs)."""

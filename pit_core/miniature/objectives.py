@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Linear
 from torch.nn import functional as F
 
 from ..train.ip_adapter import add_noise, noise_loss
@@ -56,7 +57,7 @@ class ContrastiveObjective(Objective):
         super().__init__()
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         self.read_weight = read_weight
-        self.readout = nn.Linear(models.PROJECTION, reader.OUTPUTS)
+        self.readout = Linear(models.PROJECTION, reader.OUTPUTS)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def read_attributes(self, pixels: Tensor) -> Tensor:
