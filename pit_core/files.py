@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from .errors import PitError
 
 MAX_HEADER_BYTES = 32 << 20  # real headers stay below 2 MB; the library itself would take 100 MB
-FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
+FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|\ud800-\udfff]')  # the last are no characters on their own
 RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{d}{n}" for d in ("COM", "LPT") for n in range(10)
 }
@@ -90,7 +90,7 @@ def inside(folder: str | os.PathLike[str], name: str) -> Path:
     """
     for part in name.split("/"):
         stem = part.partition(".")[0].rstrip().upper()
-        if not part or len(part.encode()) > 200 or part[0] == "~" or part[-1] in ". ":
+        if not part or len(part.encode("utf-8", "surrogatepass")) > 200 or part[0] == "~" or part[-1] in ". ":
             raise PitError(
                 f"{name[:100]!r} is not a usable name; take a plain one without '..', '~' or '//'."
             )

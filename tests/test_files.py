@@ -303,6 +303,7 @@ def test_names_stay_inside_their_folder(tmp_path):
         "C:x",
         "C:/x",
         "a\0b",
+        "a\ud800b",
     ]
     bad += [
         "a\nb",
@@ -319,8 +320,9 @@ def test_names_stay_inside_their_folder(tmp_path):
         "...",
     ]
     for name in bad:
-        with pytest.raises(PitError):
+        with pytest.raises(PitError) as error:
             inside(tmp_path, name)
+        assert str(error.value).encode()
 
 
 # writing
