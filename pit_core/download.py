@@ -2,11 +2,13 @@
 
 Says first what will be fetched, from where and how big it is. A download that was broken off goes on where it
 stopped; a file appears under its name only when it is complete and its checksum holds: the one recorded here,
-else the one that the server announces.
+else the one that the server announces. Where neither exists, the line about the file says so. Files that are
+there already are checked as well.
 """
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
@@ -19,13 +21,14 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.message import Message
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from .errors import PitError
 from .files import NO_SPACE, sha256_of
+from .runs import fingerprint
 
 HUB = "https://huggingface.co"
 TIMEOUT_SECONDS = 30.0
@@ -59,13 +62,18 @@ def _prior(domain: str, folder: str) -> Release:
     )
 
 
+def _sdxl_settings() -> dict[str, str]:
+    """What a diffusers folder holds besides weights: all that a single file of weights lacks."""
+    names = ["model_index.json", "scheduler/scheduler_config.json"]
+    names += [f"{part}/config.json" for part in ("text_encoder", "text_encoder_2", "unet", "vae")]
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        files = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
+        names += [f"{tokenizer}/{file}" for file in files]
+    return {name: name for name in names}
+
+
 def _sdxl_files() -> dict[str, str]:
     """The diffusers folder in half precision, saved under the plain names that need no variant to load."""
-    configs = ["model_index.json", "scheduler/scheduler_config.json"]
-    configs += [f"{part}/config.json" for part in ("text_encoder", "text_encoder_2", "unet", "vae")]
-    for tokenizer in ("tokenizer", "tokenizer_2"):
-        names = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
-        configs += [f"{tokenizer}/{name}" for name in names]
     weights = {
         "text_encoder": "model",
         "text_encoder_2": "model",
@@ -75,7 +83,7 @@ def _sdxl_files() -> dict[str, str]:
     halves = {
         f"{part}/{stem}.safetensors": f"{part}/{stem}.fp16.safetensors" for part, stem in weights.items()
     }
-    return {name: name for name in configs} | halves
+    return _sdxl_settings() | halves
 
 
 # As several public lists of these files agree on them.
@@ -144,22 +152,42 @@ RELEASES: dict[str, Release] = {
         revision=SDXL_COMMIT,
         hashes=SDXL_HASHES,
     ),
+    "sdxl-config": Release(
+        about="Settings and tokenizers of Stable Diffusion XL base 1.0, for SDXL in a single file",
+        repository="stabilityai/stable-diffusion-xl-base-1.0",
+        files=_sdxl_settings(),
+        revision=SDXL_COMMIT,
+        hashes={name: SDXL_HASHES[name] for name in _sdxl_settings()},
+    ),
 }
+
+
+SHA256, GIT_HASH = "SHA-256", "git hash"
+KINDS = {64: SHA256, 40: GIT_HASH}  # by their number of hex digits
+RECORDED, ANNOUNCED = "recorded", "announced by the server"
+
+
+@dataclass(frozen=True)
+class _Checksum:
+    """What a file is held against: a SHA-256, or git's hash, which is what the Hub knows small files by.
+
+    digest: hex digits. source: who says so.
+    """
+
+    kind: str
+    digest: str
+    source: str
 
 
 @dataclass(frozen=True)
 class _File:
-    """One file to fetch; size in bytes and SHA-256 as hex, None where neither we nor the server know.
-
-    source: who knows the SHA-256, "recorded" here or "announced" by the server.
-    """
+    """One file of a release; size in bytes and checksum are None where neither we nor the server know."""
 
     target: Path
     path: str
     url: str
     size: int | None
-    sha256: str | None
-    source: str | None = None
+    checksum: _Checksum | None
 
     @property
     def part(self) -> Path:
@@ -179,23 +207,22 @@ def download(
     """Fetch the release `name` (a key of RELEASES) to the folder `into/name`; return the files' paths.
 
     `confirm` is shown the plan (files, sizes, source) and answers whether to go on; where it says no, the
-    list is empty and nothing was written. Files that are there already are neither fetched nor asked about.
-    `tell` is given a line for each fetched file: its SHA-256, and with what that was compared.
+    list is empty and nothing was written. Files that are there already are not fetched, but checked.
+    `tell` is given a line for each file: its SHA-256, and with what that was compared, if with anything.
     `base_url` names another server with the Hub's layout; `retries` bounds the attempts in a row that bring
     nothing.
 
     Raises PitError, one sentence, for an unknown name, no network, a file that is not there, a full disk and
-    a wrong size or checksum (the bad file is removed). What arrived before an interruption stays in `*.part`.
+    a wrong size or checksum (a bad file that was fetched is removed, one that was there before is left). What
+    arrived before an interruption stays in `*.part`.
     """
     release = _release(name)
     folder = Path(into) / name
     server = base_url.rstrip("/")
-    targets = [folder / local for local in release.files]
-    if targets and all(target.is_file() for target in targets):
-        return targets
     with _network_errors(release, folder, server):
         files = _listed(release, folder, server) if release.folder else _asked_for(release, folder, server)
     missing = [file for file in files if not file.target.is_file()]
+    _check_again([file for file in files if file not in missing], folder, tell, progress)
     if missing and not confirm(_plan(release, folder, server, missing)):
         return []
     _require_space(folder, missing)
@@ -222,14 +249,14 @@ def _asked_for(release: Release, folder: Path, server: str) -> list[_File]:
     files = []
     for local, path in release.files.items():
         url = _file_url(server, release, path)
-        size, sha256 = (None, None) if (folder / local).is_file() else _announced(url)
-        known, recorded = release.sizes.get(local), release.hashes.get(local)
+        size, announced = (None, None) if (folder / local).is_file() else _announced(url)
+        known, digest = release.sizes.get(local), release.hashes.get(local)
         if known is not None and size not in (None, known):
             _refuse_changed(url, f"be {known} bytes", size)
-        if recorded is not None and sha256 not in (None, recorded):
-            _refuse_changed(url, f"have the SHA-256 {recorded[:12]}...", f"{sha256}"[:12] + "...")
-        source = "recorded" if recorded else "announced" if sha256 else None
-        files.append(_File(folder / local, path, url, known or size, recorded or sha256, source))
+        recorded = _Checksum(SHA256, digest, RECORDED) if digest else None
+        if recorded and announced and announced.kind == SHA256 and announced.digest != recorded.digest:
+            _refuse_changed(url, f"have the SHA-256 {_short_of(recorded)}", _short_of(announced))
+        files.append(_File(folder / local, path, url, known or size, recorded or announced))
     return files
 
 
@@ -262,26 +289,27 @@ def _listed_file(entry: Mapping[str, Any], release: Release, folder: Path, serve
     # The listing comes from outside: only plain names below the folder are accepted.
     if not all(re.fullmatch(r"\w[\w .,()+=-]*", piece) for piece in local.split("/")):
         raise PitError(f"The server lists a file with an unsafe name ({path[:80]!r}); nothing was fetched.")
-    sha256 = _sha256_in(str(entry.get("lfs", {}).get("oid", "")))
-    url, source = _file_url(server, release, path), "announced" if sha256 else None
-    return _File(folder / local, path, url, int(entry["size"]), sha256, source)
+    # A large file's own oid is that of the note which stands for it in the repository.
+    checksum = _checksum_in(str((entry.get("lfs") or entry).get("oid", "")))
+    return _File(folder / local, path, _file_url(server, release, path), int(entry["size"]), checksum)
 
 
 def _file_url(server: str, release: Release, path: str) -> str:
     return f"{server}/{release.repository}/resolve/{release.revision}/{urllib.parse.quote(path)}"
 
 
-def _announced(url: str) -> tuple[int | None, str | None]:
-    """Size and SHA-256 of the file behind `url`, as far as the server tells them.
+def _announced(url: str) -> tuple[int | None, _Checksum | None]:
+    """Size and checksum of the file behind `url`, as far as the server tells them.
 
     The Hub describes a large file in the answer that redirects to its storage, so that one is read where it
-    exists; the storage itself may refuse to be asked without downloading.
+    exists; the storage itself may refuse to be asked without downloading, and its ETag may mean anything.
     """
     headers = _head(url, _SameHost())
+    checksum = _checksum_in(headers.get("X-Linked-Etag") or headers.get("ETag", ""))
     if headers.get("X-Linked-Size") is None and headers.get("Location") is not None:
         headers = _head(url, _AnyHost())
     size = headers.get("X-Linked-Size") or headers.get("Content-Length")
-    return (int(size) if size and size.isdigit() else None), _sha256_in(headers.get("X-Linked-Etag", ""))
+    return (int(size) if size and size.isdigit() else None), checksum
 
 
 def _head(url: str, redirects: _AnyHost) -> Message:
@@ -319,9 +347,10 @@ class _SameHost(_AnyHost):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _sha256_in(etag: str) -> str | None:
+def _checksum_in(etag: str) -> _Checksum | None:
     plain = etag.strip().removeprefix("W/").strip('"').removeprefix("sha256:").lower()
-    return plain if re.fullmatch(r"[0-9a-f]{64}", plain) else None
+    kind = KINDS.get(len(plain)) if re.fullmatch("[0-9a-f]+", plain) else None
+    return _Checksum(kind, plain, ANNOUNCED) if kind else None
 
 
 def _request(url: str, method: str = "GET", start: int = 0) -> urllib.request.Request:
@@ -386,7 +415,7 @@ def _require_space(folder: Path, missing: list[_File]) -> None:
 
 
 def _fetch(file: _File, bar: Any, retries: int) -> str:
-    """Bring one file: append to its part until it is whole, check it, give it its name; say its SHA-256."""
+    """Bring one file: append to its part until it is whole, check it, name it; say how it was checked."""
     file.target.parent.mkdir(parents=True, exist_ok=True)
     bar.update(_length(file.part))
     failures = 0
@@ -402,10 +431,15 @@ def _fetch(file: _File, bar: Any, retries: int) -> str:
             if failures > retries:
                 raise
             time.sleep(max(0, failures - 1))
-    found = _checked_hash(file)
+    sha256 = sha256_of(file.part)
+    difference = _difference(file, file.part, sha256)
+    if difference:
+        file.part.unlink()
+        raise PitError(
+            f"{file.target.name} arrived damaged ({difference}) and was deleted; run the same command again."
+        )
     os.replace(file.part, file.target)
-    compared = f"as {file.source}" if file.source else "compare it with a copy that you trust"
-    return f"sha256 {found}, {compared}"
+    return _said(file, sha256)
 
 
 def _may_pass(code: int) -> bool:
@@ -453,34 +487,71 @@ def _blocks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
         yield block
 
 
-def _checked_hash(file: _File) -> str:
-    """The part's SHA-256. Raises PitError, and removes the part, unless size and checksum hold."""
-    size = _length(file.part)
+# checking
+
+
+def _check_again(files: list[_File], folder: Path, tell: Callable[[str], object], progress: bool) -> None:
+    """Hold files that are there already against what is known of them. Raises PitError for a difference.
+
+    Large ones are read only once, until they change.
+    """
+    with _bar("checking", files, progress) as bar:
+        for file in files:
+            name = file.target.relative_to(folder).as_posix()
+            sha256 = fingerprint(file.target)
+            difference = _difference(file, file.target, sha256)
+            if difference:
+                raise PitError(
+                    f"'{file.target}' is here already, but damaged or another file ({difference}); delete it "
+                    "or move it away, then run the same command again."
+                )
+            bar.update(_length(file.target))
+            bar.clear()
+            tell(f"{name}: here already, {_said(file, sha256)}")
+
+
+def _difference(file: _File, path: Path, sha256: str) -> str | None:
+    """How `path`, with its SHA-256, differs from what is known of the file."""
+    size = _length(path)
     if file.size is not None and size != file.size:
-        _discard(file, f"{size} bytes came, {file.size} were announced")
-    found = sha256_of(file.part)
-    if file.sha256 not in (None, found):
-        _discard(file, f"its SHA-256 is {found[:12]}..., not {str(file.sha256)[:12]}...")
-    return found
+        return f"it has {size} bytes, not {file.size}"
+    if file.checksum is None:
+        return None
+    kind = file.checksum.kind
+    found = replace(file.checksum, digest=sha256 if kind == SHA256 else _git_hash(path))
+    if found == file.checksum:
+        return None
+    return f"its {kind} is {_short_of(found)}, not {_short_of(file.checksum)}"
 
 
-def _discard(file: _File, reason: str) -> NoReturn:
-    file.part.unlink()
-    raise PitError(
-        f"{file.target.name} arrived damaged ({reason}) and was deleted; run the same command again."
-    )
+def _short_of(checksum: _Checksum) -> str:
+    return f"{checksum.digest[:12]}..."
+
+
+def _git_hash(path: Path) -> str:
+    """SHA-1 over the file with its length before it, as git names what it stores."""
+    content = path.read_bytes()  # the Hub keeps files over 10 MB elsewhere, under their SHA-256
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _said(file: _File, sha256: str) -> str:
+    """What is known of a checked file."""
+    if file.checksum is None:
+        return f"sha256 {sha256}, not checked: no checksum is known, so compare it with a copy that you trust"
+    kind = f"{file.checksum.kind} " if file.checksum.kind != SHA256 else ""
+    return f"sha256 {sha256}, {kind}as {file.checksum.source}"
 
 
 @contextmanager
-def _bar(name: str, missing: list[_File], progress: bool) -> Iterator[Any]:
+def _bar(name: str, files: list[_File], progress: bool) -> Iterator[Any]:
     from tqdm import tqdm  # not needed to look things up
 
     with tqdm(
         desc=name,
-        total=_total(missing),
+        total=_total(files),
         unit="B",
         unit_scale=True,
-        disable=None if progress and missing else True,  # None: only where a terminal shows it
+        disable=None if progress and files else True,  # None: only where a terminal shows it
     ) as bar:
         yield bar
 

@@ -25,6 +25,7 @@ from pit_core.errors import PitError
 CONTENT = bytes(range(256)) * 4000  # 1,024,000 bytes
 CONFIG = b"hidden_dim: 192\n"
 HASH = hashlib.sha256(CONTENT).hexdigest()
+GIT_HASH = hashlib.sha1(b"blob 16\0" + CONFIG).hexdigest()
 WEIGHTS, SETTINGS = "/owner/toy/resolve/main/models/prior.ckpt", "/owner/toy/resolve/main/models/cfg.yaml"
 
 
@@ -211,8 +212,9 @@ def test_every_fetched_files_checksum_is_told_with_what_it_was_compared_to(
     fetch(tmp_path / "a")
     settings = hashlib.sha256(CONFIG).hexdigest()
     assert told == [
-        f"prior.ckpt: sha256 {HASH}, as announced",
-        f"cfg.yaml: sha256 {settings}, compare it with a copy that you trust",
+        f"prior.ckpt: sha256 {HASH}, as announced by the server",
+        f"cfg.yaml: sha256 {settings}, not checked: no checksum is known, so compare it with a copy that you "
+        "trust",
     ]
     recorded = {"prior.ckpt": HASH, "cfg.yaml": settings}
     monkeypatch.setitem(RELEASES, "toy", replace(RELEASES["toy"], hashes=recorded))
@@ -220,7 +222,57 @@ def test_every_fetched_files_checksum_is_told_with_what_it_was_compared_to(
     fetch(tmp_path / "b")
     assert [line.rsplit(", ", 1)[1] for line in told] == ["as recorded", "as recorded"]
     fetch(tmp_path / "b")
-    assert len(told) == 2, "nothing is fetched a second time"
+    assert told[2:] == [line.replace(": ", ": here already, ") for line in told[:2]]
+
+
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag"])
+def test_a_small_file_is_checked_with_its_git_hash(hub: Hub, tmp_path: Path, header: str) -> None:
+    """The Hub announces no SHA-256 of them."""
+    told: list[str] = []
+    hub.headers[SETTINGS] = {header: '"' + "0" * 40 + '"'}
+    with pytest.raises(PitError, match=f"cfg.yaml arrived damaged .*git hash is {GIT_HASH[:12]}.*0000"):
+        _fetch(hub, tmp_path)
+    assert [path.name for path in (tmp_path / "toy").iterdir()] == ["prior.ckpt"]
+    hub.headers[SETTINGS] = {header: f'W/"{GIT_HASH}"'}
+    download("toy", tmp_path, base_url=hub.url, confirm=lambda _: True, tell=told.append, progress=False)
+    assert told[-1].endswith(", git hash as announced by the server")
+
+
+def test_a_storages_etag_is_no_checksum(hub: Hub, tmp_path: Path) -> None:
+    storage = Hub(content={"/blob": CONFIG}, headers={"/blob": {"ETag": "0" * 40}})
+    server = _serve(storage)
+    hub.redirects[SETTINGS] = f"{storage.url}/blob"
+    assert _fetch(hub, tmp_path)[1].read_bytes() == CONFIG
+    server.shutdown()
+    server.server_close()
+
+
+def test_files_that_are_there_are_held_against_the_recorded_checksum(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, settings = _fetch(hub, tmp_path)
+    monkeypatch.setitem(RELEASES, "toy", replace(RELEASES["toy"], hashes={"prior.ckpt": HASH}))
+    damaged = b"?" + CONTENT[1:]
+    weights.write_bytes(damaged)
+    settings.unlink()
+    hub.log.clear()
+    with pytest.raises(PitError, match="prior.ckpt' is here already, but damaged .*SHA-256.*delete it"):
+        _fetch(hub, tmp_path)
+    assert weights.read_bytes() == damaged and not settings.exists()
+    assert not _gets(hub, SETTINGS), "nothing is fetched beside a damaged file"
+    weights.unlink()
+    assert _fetch(hub, tmp_path)[0].read_bytes() == CONTENT
+
+
+def test_files_that_are_there_are_held_against_the_recorded_size(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, _ = _fetch(hub, tmp_path)
+    monkeypatch.setitem(RELEASES, "toy", replace(RELEASES["toy"], sizes={"prior.ckpt": len(CONTENT)}))
+    _fetch(hub, tmp_path)
+    weights.write_bytes(CONTENT[:-1])
+    with pytest.raises(PitError, match="damaged or another file .it has 1023999 bytes, not 1024000"):
+        _fetch(hub, tmp_path)
 
 
 def _command(hub: Hub, into: Path, *more: str) -> int:
@@ -358,7 +410,7 @@ def test_a_part_longer_than_the_file_starts_over(hub: Hub, tmp_path: Path) -> No
 @pytest.mark.parametrize("announced", [len(CONTENT) - 5000, len(CONTENT) + 5000])
 def test_a_wrong_size_deletes_the_part(hub: Hub, tmp_path: Path, announced: int) -> None:
     hub.headers[WEIGHTS] = {"X-Linked-Size": str(announced)}
-    with pytest.raises(PitError, match=f"{announced} were announced"):
+    with pytest.raises(PitError, match=f"it has .* bytes, not {announced}"):
         _fetch(hub, tmp_path)
     assert not list((tmp_path / "toy").glob("prior*"))
 
@@ -401,7 +453,8 @@ def test_a_redirect_within_the_host_is_followed(hub: Hub, tmp_path: Path) -> Non
 
 def test_a_folder_release_takes_its_files_from_the_listing(hub: Hub, tmp_path: Path) -> None:
     lfs = {"type": "file", "path": "directions/cute/ip.pt", "size": len(CONTENT), "lfs": {"oid": HASH}}
-    small = {"type": "file", "path": "directions/note.txt", "size": len(CONFIG), "oid": "0" * 40}
+    small = {"type": "file", "path": "directions/note.txt", "size": len(CONFIG), "oid": GIT_HASH}
+    lfs["oid"] = "0" * 40  # of the note that stands for it
     listing = "/api/models/owner/toy/tree/main/directions?recursive=true"
     hub.content |= {
         listing: json.dumps([{"type": "directory", "path": "directions/cute"}, lfs, small]).encode(),
@@ -414,6 +467,9 @@ def test_a_folder_release_takes_its_files_from_the_listing(hub: Hub, tmp_path: P
         "toy-folder/note.txt",
     ]
     assert found[0].read_bytes() == CONTENT
+    found[1].write_bytes(CONFIG[::-1])
+    with pytest.raises(PitError, match="note.txt' is here already, but damaged .*git hash"):
+        _fetch(hub, tmp_path, "toy-folder")
 
 
 @pytest.mark.parametrize(
