@@ -311,8 +311,8 @@ def load_single_file(
     check_single_file(path)
     if config is None:
         raise PitError(
-            f"'{path.name}' is a single file without tokenizers; name a local diffusers folder of SDXL that "
-            "has them (--sdxl-config FOLDER), or give a whole diffusers folder ('pit download sdxl')."
+            f"'{path.name}' is a single file without settings and tokenizers; run 'pit download sdxl-config' "
+            "(3 MB) and add --sdxl-config models/sdxl-config, or name another local diffusers folder of SDXL."
         )
     check_folder(Path(config))
     if not is_accelerate_available():

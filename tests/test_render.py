@@ -12,6 +12,7 @@ from original_layout import original_layout
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pit_core.download import RELEASES
 from pit_core.errors import PitError
 from pit_core.ip_adapter.processor import install_ip_adapter, installed_context, uninstall_ip_adapter
 from pit_core.render import (
@@ -409,7 +410,7 @@ def test_a_single_file_needs_a_folder_with_tokenizers(tmp_path: Path) -> None:
         tmp_path / "m.safetensors",
         {UNET_KEY: (64, 32), TEXT_KEY: (1,), FIRST_KEY: (1,), VAE_KEY: (1,)},
     )
-    with pytest.raises(PitError, match="--sdxl-config FOLDER"):
+    with pytest.raises(PitError, match="'pit download sdxl-config' .* --sdxl-config models/sdxl-config"):
         load_single_file(path, None)
     with pytest.raises(PitError, match="There is no folder"):
         load_single_file(path, tmp_path / "nowhere")
@@ -423,9 +424,16 @@ def original(saved: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def config(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Settings and tokenizers without weights, as users would keep them."""
-    folder = tmp_path_factory.mktemp("config") / "sdxl"
-    shutil.copytree(saved, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    """Settings and tokenizers without weights: just the files that `pit download sdxl-config` brings."""
+    folder = tmp_path_factory.mktemp("config") / "sdxl-config"
+    for name in RELEASES["sdxl-config"].files:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.name == "special_tokens_map.json":
+            path.write_text("{}", "utf-8")
+        else:  # the released tokenizers are in the older form of two files
+            words = path.name in ("vocab.json", "merges.txt")
+            shutil.copy(saved.parent / "words" / path.name if words else saved / name, path)
     return folder
 
 
