@@ -136,7 +136,7 @@ def random_pose(rng: np.random.Generator, amount: float = 1.0) -> Pose:
 
 
 def is_held_out(critter: Critter) -> bool:
-    """True for the seventh of all shape combinations that no training set contains."""
+    """True for the seventh of all shape combinations that only the readers are trained on (see `sets`)."""
     total = 0
     for weight, kind in zip((1, 2, 5, 3, 4), KINDS, strict=True):
         part = critter.part(kind)
