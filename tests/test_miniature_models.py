@@ -66,7 +66,7 @@ def test_the_first_half_fits_the_budget(unet: Any, vae: Any, image_encoder: Any)
         "readers": sum(_count(models.build_reader(name)) for name in ("tuning", "judge")),
     }
     total = 2 * sum(sizes.values())
-    assert total < LIMIT, {name: f"{2 * size / 2**20:.2f} MB" for name, size in sizes.items()}
+    assert total < LIMIT, {name: f"{2 * size / 1e6:.2f} MB" for name, size in sizes.items()}
 
 
 def test_latents_are_an_eighth_of_the_picture(vae: Any) -> None:

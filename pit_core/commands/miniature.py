@@ -50,7 +50,7 @@ def export(
     manifest = export(out, weights or WEIGHTS, stage)
     for name, entry in manifest["files"].items():
         typer.echo(f"{name}: {entry['bytes'] / 1e6:.2f} MB, {', '.join(_stages(entry))}")
-    typer.echo(f"together {manifest['bytes'] / 2**20:.1f} MB")
+    typer.echo(f"together {manifest['bytes'] / 1e6:.1f} MB")
 
 
 def _stages(entry: dict[str, Any]) -> list[str]:

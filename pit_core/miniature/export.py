@@ -23,7 +23,7 @@ from . import models, trained
 from .models import WEIGHTS
 from .train import SLOTS
 
-LIMIT = 24 * 2**20  # bytes: every user clones them
+LIMIT = 24_000_000  # bytes: every user clones them
 
 
 def export(
@@ -42,7 +42,7 @@ def export(
         manifest["files"] |= entries
         manifest["bytes"] = sum(entry["bytes"] for entry in manifest["files"].values())
         if manifest["bytes"] > limit:
-            size, most = manifest["bytes"] / 2**20, limit / 2**20
+            size, most = manifest["bytes"] / 1e6, limit / 1e6
             raise PitError(f"The weights take {size:.1f} MB, but at most {most:g} MB may ship.")
         for name in entries:
             (weights / name).parent.mkdir(exist_ok=True)
