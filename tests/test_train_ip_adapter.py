@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,9 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from pit_core.cli import main
 from pit_core.errors import PitError
 from pit_core.files import load_tensors
 from pit_core.ip_adapter.adapter import IPAdapter, new_ip_adapter
@@ -650,6 +653,27 @@ def test_an_interrupted_run_goes_on(models: Path, tmp_path: Path) -> None:
     run(settings(models, parts, "sd15", train=short | {"steps": 4}), quiet=True)
     a, b = (load_tensors(folder / "ip_adapter.safetensors")[0] for folder in (whole, parts))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_command_says_where_it_stopped_and_where_the_adapter_is(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(models, tmp_path, "sd15")
+    adapter = tmp_path / "ip_adapter.safetensors"
+
+    def command() -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["train", "ip-adapter", "--config", str(config)])
+        return int(ended.value.code or 0), capsys.readouterr().out
+
+    ctrl_c = register_optimizer_step_post_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        code, said = command()
+    finally:
+        ctrl_c.remove()
+    assert code == 130 and load_ip_adapter(adapter).num_tokens == 3
+    assert said == f"Stopped at step 1; the same command goes on from there. So far: {adapter}\n"
+    assert command() == (0, f"Finished at step 3: {adapter}\n")
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .common import group, plain_errors
+
+if TYPE_CHECKING:
+    from ..train.loop import Result
 
 app = group("Train models on your own data.")
 
@@ -18,6 +21,21 @@ def train_ip_adapter(
     config: Annotated[Path, typer.Option(help="A YAML file: models, rows of pictures and texts, settings.")],
 ) -> None:
     """Train an IP-Adapter for SD1.5 or SDXL; goes on where an earlier run stopped."""
-    from ..train.ip_adapter_run import run
+    from ..train.config import read_config
+    from ..train.ip_adapter_run import PUBLISHED, AdapterSettings, run
 
-    run(config)
+    out = read_config(config, AdapterSettings).out
+    _tell(run(config), out / PUBLISHED)
+
+
+def _tell(result: Result, file: Path) -> None:
+    """How a run has ended and where its model is; an interrupted one exits with 130."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        if result.finished:
+            typer.echo(f"Finished at step {result.step}: {file}")
+        else:
+            typer.echo(f"Stopped at step {result.step}; the same command goes on from there. So far: {file}")
+    if not result.finished:
+        raise typer.Exit(130)

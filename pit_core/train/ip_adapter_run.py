@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OF_PRECISION = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 CACHE_VERSION = 1
+PUBLISHED = "ip_adapter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def _publisher(settings: AdapterSettings, objective: IPAdapterObjective) -> Call
     def publish(step: int) -> dict[str, float]:
         """Called with the averaged weights in place."""
         metadata = {"steps": step, "seed": settings.train.seed, "batch_size": settings.train.batch_size}
-        target = settings.out / "ip_adapter.safetensors"
+        target = settings.out / PUBLISHED
         objective.save(target, metadata, DTYPES[settings.save_as])
         plot_losses(settings.out / "log.jsonl", settings.out / "loss.png")
         return {}
