@@ -1,4 +1,8 @@
-"""Pictures to IP tokens through the host's image encoder, each picture once."""
+"""Pictures to IP tokens through the host's image encoder, each picture once.
+
+Pictures and adapters are known by their content, an image encoder by its object: to hash its weights would
+take longer than to encode most pictures. So one that the host has dropped and loaded again encodes again.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from ..pit_core.ip_adapter.checkpoint import check_encoder
 from ..pit_core.ip_adapter.encode import encode_tokens, null_tokens
 from ..pit_core.ip_adapter.pixels import hash_pixels, preprocess
 from . import host
+from .sockets import naming
 
 KEPT = 512  # pictures; 16 tokens of width 2048 are 128 KiB each
 FULL_ENCODER, FULL_CANVAS = 224, 1024  # the released encoder, and the square that its parts were put on
@@ -29,7 +34,8 @@ class Encoding:
         self.encoder = host.HostEncoder(clip_vision)
         self.managed = adapter
         self.adapter = adapter.adapter
-        check_encoder(self.adapter, self.encoder.hidden_width, self.encoder.projection_dim)
+        with naming("clip_vision"):
+            check_encoder(self.adapter, self.encoder.hidden_width, self.encoder.projection_dim)
 
     @property
     def canvas(self) -> int:

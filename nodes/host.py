@@ -79,22 +79,37 @@ def files_in(folder: str) -> list[str]:
 
 
 def path_of(folder: str, name: str) -> Path:
-    """The file that a drop-down's entry stands for. Raises PitError where it is gone or leads elsewhere."""
-    for place in folder_paths.get_folder_paths(folder):
-        path = inside(place, name.replace("\\", "/"))
-        if path.is_file():
-            return path
-    places = ", ".join(map(str, folder_paths.get_folder_paths(folder)))
-    raise PitError(f"There is no file '{name[:100]}' in {places}; put it there, or choose another one.")
+    """The file that a drop-down's entry stands for. Raises PitError where it is gone.
+
+    Models may be links to another disk, as the host lists them. In a folder that workflows write to, no name
+    leads elsewhere.
+    """
+    if folder == TOKENS:
+        places = [inside(place, name.replace("\\", "/")) for place in folder_paths.get_folder_paths(folder)]
+        found = next((path for path in places if path.is_file()), None)
+    else:
+        found = folder_paths.get_full_path(folder, name)
+    if found is None:
+        known = ", ".join(map(str, folder_paths.get_folder_paths(folder)))
+        raise PitError(f"There is no file {name[:100]!r} in {known}; put it there, or choose another one.")
+    return Path(found)
 
 
-def state_of(folder: str, name: str | None) -> str:
-    """What changes when the file does, for the host's cache."""
+def state_of(folder: str, name: str | None, *beside: str) -> str:
+    """What changes when the file does, or one of those `beside` it ("{stem}.yaml"), for the host's cache."""
     if not name:
         return ""
     try:
-        stat = path_of(folder, name).stat()
-    except (PitError, OSError):
+        path = path_of(folder, name)
+    except PitError:
+        return "missing"
+    return " ".join(map(_stamp, [path, *(path.with_name(each.format(stem=path.stem)) for each in beside)]))
+
+
+def _stamp(path: Path) -> str:
+    try:
+        stat = path.stat()
+    except OSError:
         return "missing"
     return f"{stat.st_mtime_ns}-{stat.st_size}"
 
@@ -256,14 +271,6 @@ def check_model(model: Any, adapter: ManagedAdapter) -> list[AttentionLayer]:
     return layers
 
 
-def sigmas_of(model: Any, start: float, end: float) -> tuple[float, float] | None:
-    """The noise levels at which `start` and `end` of the run (0 to 1) lie; None for the whole run."""
-    if start <= 0 and end >= 1:
-        return None
-    sampling = model.get_model_object("model_sampling")
-    return float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end))
-
-
 def make_applications(
     model: Any,
     adapter: ManagedAdapter,
@@ -385,7 +392,7 @@ def _tell_view(
     entries = [entry for group in conds if group is not None for entry in group]
     areas = {e["uuid"]: tuple(e["area"]) for e in entries if e.get("area") is not None and "uuid" in e}
     boxes = {uuid: _within(area, x_in.shape[-2:]) for uuid, area in areas.items() if len(area) == 4}
-    view = View(shape, timestep, boxes, window)
+    view = View(shape, timestep, boxes, window, model.model_sampling.percent_to_sigma)
     return executor(model, conds, x_in, timestep, _with(model_options, VIEW, view))
 
 

@@ -14,7 +14,7 @@ from ..pit_core.ip_adapter.tokens import IPTokens
 from ..pit_core.ip_prior.sample import assemble, sample_prior
 from . import host
 from .miniature import WEIGHTS as MINIATURE_WEIGHTS
-from .sockets import MINIATURE, IPPriorSocket, IPTokensSocket, schema
+from .sockets import MINIATURE, IPPriorSocket, IPTokensSocket, naming, schema
 from .token_tools import checked
 
 SEEDS = 2**64
@@ -49,13 +49,14 @@ class PiTLoadPrior(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None) -> str:
-        return "" if file == MINIATURE else host.state_of("ip_prior", file)
+        return "" if file == MINIATURE else host.state_of("ip_prior", file, "{stem}.yaml", "cfg.yaml")
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         name = "ip_prior.safetensors"
-        path = MINIATURE_WEIGHTS / name if file == MINIATURE else host.path_of("ip_prior", file)
-        prior = host.ManagedPrior(path)
+        with naming("file"):
+            path = MINIATURE_WEIGHTS / name if file == MINIATURE else host.path_of("ip_prior", file)
+            prior = host.ManagedPrior(path)
         text = report(prior)
         return io.NodeOutput(prior, text, ui=ui.PreviewText(text))
 

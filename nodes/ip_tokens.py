@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io, ui
+from PIL.Image import Image
 from torch import Tensor
 
 from ..pit_core.errors import PitError
@@ -17,7 +18,7 @@ from . import host
 from .encoding import Encoding
 from .images import to_mask, to_pictures
 from .miniature import WEIGHTS as MINIATURE_WEIGHTS
-from .sockets import MINIATURE, EmbedsSocket, IPAdapterSocket, IPTokensSocket, schema
+from .sockets import MINIATURE, EmbedsSocket, IPAdapterSocket, IPTokensSocket, naming, schema
 
 FITS = ["crop", "pad", "stretch"]
 NULLS = ["as trained", "grey", "black", "white", "zeros"]
@@ -62,8 +63,9 @@ class PiTLoadIPAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         name = "ip_adapter_plus.safetensors"
-        path = MINIATURE_WEIGHTS / name if file == MINIATURE else host.path_of("ipadapter", file)
-        managed = host.load_adapter(path)
+        with naming("file"):
+            path = MINIATURE_WEIGHTS / name if file == MINIATURE else host.path_of("ipadapter", file)
+            managed = host.load_adapter(path)
         number = managed.adapter.content_hash[:8]  # 'Preview IP Tokens' shows the same
         report = f"{path.name}: {describe_adapter(managed.adapter)}; adapter {number}"
         return io.NodeOutput(managed, report, ui=ui.PreviewText(report))
@@ -187,19 +189,10 @@ class PiTEncodeParts(io.ComfyNode):
         reference: Tensor | None = None,
     ) -> io.NodeOutput:
         encoding = Encoding(clip_vision, _adapter(ip_adapter))
-        pictures = [
-            picture
-            for name, batch in (parts or {}).items()
-            if batch is not None
-            for picture in to_pictures(batch, name)
-        ]
-        if not pictures:
+        given = {name: to_pictures(batch, name) for name, batch in (parts or {}).items() if batch is not None}
+        if not given:
             raise PitError("parts is empty; connect at least one picture of a part.")
-        squares = [on_white_square(picture, encoding.canvas) for picture in pictures]
-        if as_sketch:
-            from ..pit_core.parts.sketch import as_sketch as draw
-
-            squares = [draw(square) for square in squares]
+        squares = _squares(given, encoding.canvas, as_sketch)
         found = _tokens(encoding, encoding.pictures(squares), None, _reference(encoding, reference))
         return io.NodeOutput(found)
 
@@ -262,7 +255,7 @@ class PiTApplyTokens(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How much they count; 0 is off.",
+                    tooltip="How much they count; 0 is off, in every schedule.",
                 ),
                 io.Float.Input(
                     "start_at",
@@ -356,7 +349,8 @@ class PiTApplyTokens(io.ComfyNode):
         negative_tokens: IPTokens | None = None,
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
-        layers = host.check_model(model, _adapter(ip_adapter))
+        with naming("model"):
+            layers = host.check_model(model, _adapter(ip_adapter))
         check_tokens_fit(_ip_tokens(tokens, "tokens"), ip_adapter.adapter)
         if negative_tokens is not None:
             check_tokens_fit(
@@ -371,11 +365,10 @@ class PiTApplyTokens(io.ComfyNode):
         )
         other = unconditional(tokens, negative_tokens, same=uncond == HALVES[1])
         pieces = _pieces(tokens.tokens, other, to_mask(mask), regions=rows == ROWS[1])
-        sigmas = host.sigmas_of(model, start_at, end_at)
-        if not weights:
+        if weight == 0 or not weights:  # off, whatever composition_weight says
             return io.NodeOutput(model)
         applications = host.make_applications(
-            model, ip_adapter, pieces, weights, scaling=embeds_scaling, sigmas=sigmas
+            model, ip_adapter, pieces, weights, scaling=embeds_scaling, span=(start_at, end_at)
         )
         return io.NodeOutput(host.apply(model, layers, applications))
 
@@ -406,11 +399,26 @@ def _tokens(
     return IPTokens(tokens, adapter.num_tokens, adapter=adapter.content_hash, **nulls)
 
 
+def _squares(parts: dict[str, list[Image]], side: int, as_sketch: bool) -> list[Image]:
+    """Every part on its own white square, in order; what is wrong with one names its input."""
+    if as_sketch:
+        from ..pit_core.parts.sketch import as_sketch as draw
+    squares = []
+    for name, pictures in parts.items():
+        for number, picture in enumerate(pictures):
+            with naming(name if len(pictures) == 1 else f"{name} (picture {number} of the batch)"):
+                square = on_white_square(picture, side)
+                squares.append(draw(square) if as_sketch else square)
+    return squares
+
+
 def _reference(encoding: Encoding, reference: Tensor | None) -> Tensor | None:
     if reference is None:
         return None
     pictures = to_pictures(reference, "reference")
-    return encoding.pictures([reference_grid(pictures, encoding.canvas)])
+    with naming("reference"):
+        grid = reference_grid(pictures, encoding.canvas)
+    return encoding.pictures([grid])
 
 
 def _projected(managed: host.ManagedAdapter, embeds: Any, name: str) -> Tensor:
@@ -419,10 +427,8 @@ def _projected(managed: host.ManagedAdapter, embeds: Any, name: str) -> Tensor:
     if 0 in embeds.shape:
         raise PitError(f"{name} is empty (its shape is {tuple(embeds.shape)}); give at least one picture's.")
     managed.projector.load()
-    try:
+    with naming(name):
         return tokens_from_features(managed.adapter, embeds.float()).cpu()
-    except PitError as error:
-        raise PitError(f"{name}: {error}") from error
 
 
 def _adapter(value: Any) -> host.ManagedAdapter:

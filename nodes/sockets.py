@@ -1,11 +1,15 @@
-"""The pack's socket types, and the parts of a node's schema that all nodes share."""
+"""The pack's socket types, what all nodes' schemas share, and errors that name an input."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
+
+from ..pit_core.errors import PitError
 
 CATEGORY = "Piece it Together"
 ALIASES = ["piece it together", "pit"]  # find every node
@@ -27,3 +31,14 @@ def schema(node_id: str, name: str, description: str, aliases: list[str], **rest
     options = {"search_aliases": [*aliases, *ALIASES], **rest}
     known = {key: value for key, value in options.items() if key in _SCHEMA_FIELDS}
     return io.Schema(node_id=node_id, display_name=name, category=CATEGORY, description=description, **known)
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """What is wrong in here is said of the input with this name."""
+    try:
+        yield
+    except PitError as error:
+        if str(error).startswith(name):
+            raise
+        raise PitError(f"{name}: {error}") from error

@@ -11,7 +11,7 @@ from ..pit_core.ip_adapter.token_picture import token_picture
 from ..pit_core.ip_adapter.tokens import OPERATIONS, IPTokens, combine, load_ip_tokens, save_ip_tokens
 from . import host
 from .images import to_image
-from .sockets import IPTokensSocket, schema
+from .sockets import IPTokensSocket, naming, schema
 
 MAX_INPUTS = 12
 NOTHING = "(nothing saved yet)"
@@ -60,7 +60,8 @@ class PiTCombineTokens(io.ComfyNode):
         cls, tokens: dict[str, Any] | None = None, operation: str = "concat", amount: float = 0.5
     ) -> io.NodeOutput:
         given = {name: value for name, value in (tokens or {}).items() if value is not None}
-        return io.NodeOutput(combine([checked(v, name) for name, v in given.items()], operation, amount))
+        inputs = [checked(value, name) for name, value in given.items()]
+        return io.NodeOutput(combine(inputs, operation, amount, names=list(given)))
 
 
 class PiTSaveTokens(io.ComfyNode):
@@ -121,7 +122,8 @@ class PiTLoadTokens(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         if file == NOTHING:
             raise PitError("file: no tokens have been saved yet; save some with 'Save IP Tokens'.")
-        tokens = load_ip_tokens(host.path_of(host.TOKENS, file))
+        with naming("file"):
+            tokens = load_ip_tokens(host.path_of(host.TOKENS, file))
         return io.NodeOutput(tokens, ui=ui.PreviewText(report(tokens)))
 
 

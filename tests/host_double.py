@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import sys
 import uuid
 from dataclasses import dataclass, field
@@ -134,10 +135,6 @@ class ModelPatcher:
     def model_dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def get_model_object(self, name: str) -> Any:
-        assert name == "model_sampling"
-        return SimpleNamespace(percent_to_sigma=percent_to_sigma)
-
     def set_model_attn2_replace(self, patch: Any, block: str, number: int, index: int) -> None:
         replaced = self.model_options["transformer_options"].setdefault("patches_replace", {})
         replaced["attn2"] = {**replaced.get("attn2", {}), (block, number, index): patch}
@@ -248,6 +245,7 @@ class Model(nn.Module):
     def __init__(self, context: int) -> None:
         super().__init__()
         self.diffusion_model = Network(context)
+        self.model_sampling = SimpleNamespace(percent_to_sigma=percent_to_sigma)
 
 
 @torch.no_grad()
@@ -417,6 +415,11 @@ def _folder_paths(folder: Path) -> dict[str, Any]:
         files = [(file, Path(path)) for path in paths for file in sorted(Path(path).rglob("*"))]
         return [f.relative_to(p).as_posix() for f, p in files if f.is_file() and f.suffix in suffixes]
 
+    def full_path(name: str, file: str) -> str | None:
+        below = os.path.relpath(os.path.join("/", file), "/")  # no name leads out of the folders
+        found = (os.path.join(place, below) for place in known[name][0])
+        return next((path for path in found if os.path.isfile(path)), None)
+
     def save_path(prefix: str, output: str) -> tuple[str, str, int, str, str]:
         below, _, name = prefix.rpartition("/")
         place = Path(output) / below
@@ -430,6 +433,7 @@ def _folder_paths(folder: Path) -> dict[str, Any]:
         "add_model_folder_path": add,
         "get_folder_paths": lambda name: list(known[name][0]),
         "get_filename_list": names,
+        "get_full_path": full_path,
         "get_output_directory": lambda: str(folder / "output"),
         "get_save_image_path": save_path,
     }

@@ -56,6 +56,21 @@ def test_the_hash_follows_the_content() -> None:
     assert tokens(1).content_hash() != tokens(1, null=row(0)).content_hash()
 
 
+def test_combining_names_the_inputs_that_do_not_go_together() -> None:
+    wide, long, many = tokens(width=9), tokens(count=8), tokens(rows=3)
+    for other, words in (
+        (wide, "b come in 4s of width 9, a in 4s of width 8"),
+        (long, "b are 8 to a row, a 4"),
+    ):
+        with pytest.raises(PitError, match=words):
+            combine([tokens(), other], "add", names=["a", "b"])
+    with pytest.raises(PitError, match="^b have 2 rows, others 3"):
+        combine([many, tokens(rows=2)], "add", names=["a", "b"])
+    with pytest.raises(PitError, match="^Tokens 2 have 2 rows, others 3"):
+        combine([many, tokens(rows=2)], "add")
+    assert combine([many], "average", names=["a"]).rows == 1
+
+
 # the unconditional half
 
 

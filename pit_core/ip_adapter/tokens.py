@@ -5,7 +5,7 @@ A token file is safetensors with `kind` "ip_tokens" in its metadata; `pit sample
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -146,12 +146,15 @@ ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 OPERATIONS = ("concat", *ELEMENTWISE, "slerp")
 
 
-def combine(inputs: Sequence[IPTokens], operation: str, amount: float = 0.5) -> IPTokens:
+def combine(
+    inputs: Sequence[IPTokens], operation: str, amount: float = 0.5, *, names: Sequence[str] = ()
+) -> IPTokens:
     """Several tokens made one; nulls and origin are the first one's.
 
     Rows go together by number, and one row serves all. A single input with several rows has its rows combined
     into one. concat: side by side along the tokens, all of them seen. slerp: of exactly two, `amount` of the
-    way from the first to the second along the arc. Raises PitError for tokens that do not go together.
+    way from the first to the second along the arc. names: what messages call the inputs, else "Tokens 1" and
+    so on. Raises PitError for tokens that do not go together.
     """
     if operation not in OPERATIONS:
         raise PitError(f"Expected an operation out of {', '.join(OPERATIONS)}, got '{operation}'.")
@@ -159,8 +162,9 @@ def combine(inputs: Sequence[IPTokens], operation: str, amount: float = 0.5) -> 
         raise PitError("There are no tokens to combine; connect at least one.")
     first = inputs[0]
     if len(inputs) == 1:
-        inputs = [first.with_tokens(row[None]) for row in first.tokens]
-    _check_together(inputs, same_length=operation != "concat")
+        inputs, names = [first.with_tokens(row[None]) for row in first.tokens], ()
+    names = names or [f"Tokens {number}" for number in range(1, len(inputs) + 1)]
+    _check_together(dict(zip(names, inputs, strict=True)), same_length=operation != "concat")
     rows = max(each.rows for each in inputs)
     tensors = [each.tokens.expand(rows, -1, -1) for each in inputs]
     if operation == "concat":
@@ -192,22 +196,22 @@ def slerp(a: Tensor, b: Tensor, amount: float) -> Tensor:
     return torch.where(straight, (1 - amount) * a + amount * b, arc * length)
 
 
-def _check_together(inputs: Sequence[IPTokens], same_length: bool) -> None:
-    first = inputs[0]
-    rows = max(each.rows for each in inputs)
-    for number, each in enumerate(inputs, 1):
+def _check_together(inputs: Mapping[str, IPTokens], same_length: bool) -> None:
+    name, first = next(iter(inputs.items()))
+    rows = max(each.rows for each in inputs.values())
+    for other, each in inputs.items():
         if (each.unit, each.width) != (first.unit, first.width):
             raise PitError(
-                f"Tokens {number} come in {each.unit}s of width {each.width}, the first in {first.unit}s of "
-                f"width {first.width}; they belong to different adapters."
+                f"{other} come in {each.unit}s of width {each.width}, {name} in {first.unit}s of width "
+                f"{first.width}; they belong to different adapters."
             )
         if same_length and each.tokens.shape[1] != first.tokens.shape[1]:
             raise PitError(
-                f"Tokens {number} are {each.tokens.shape[1]} to a row, the first {first.tokens.shape[1]}; "
+                f"{other} are {each.tokens.shape[1]} to a row, {name} {first.tokens.shape[1]}; "
                 "only concat takes different lengths."
             )
         if each.rows not in (1, rows):
-            raise PitError(f"Tokens {number} have {each.rows} rows, others {rows}; give 1 or {rows}.")
+            raise PitError(f"{other} have {each.rows} rows, others {rows}; give 1 or {rows}.")
 
 
 # files

@@ -54,6 +54,13 @@ def test_weight_zero_is_the_base_bit_for_bit(bench: Bench, model: Any, adapter: 
     assert torch.equal(bench.sample(bench.first("PiTApplyTokens", **inputs, weight=0.0)), plain)
 
 
+def test_weight_zero_is_off_in_every_schedule(bench: Bench, model: Any, adapter: Any) -> None:
+    """Also where composition_weight would leave a layer."""
+    inputs = {"model": model, "ip_adapter": adapter, "tokens": bench.tokens(1), "layer_map": "3:1"}
+    for schedule in bench.part("pit_core.ip_adapter.weights").SCHEDULES:
+        assert bench.first("PiTApplyTokens", **inputs, weight=0.0, schedule=schedule) is model
+
+
 def test_outside_its_steps_it_is_the_base_bit_for_bit(
     bench: Bench, model: Any, adapter: Any, plain: Tensor
 ) -> None:
@@ -310,6 +317,22 @@ def test_the_dtype_follows_the_queries(bench: Bench, model: Any, adapter: Any, d
         "activations_shape": [2, width, 4, 4],
     }
     assert patch(q, k, v, options).dtype == dtype
+    bench.host._release(patched)
+
+
+def test_numbers_too_large_for_the_model_are_one_sentence(bench: Bench, model: Any, adapter: Any) -> None:
+    """And no black picture: in half precision they would be infinite."""
+    tokens = bench.tokens(1).with_tokens(1e6 * bench.tokens(1).tokens)
+    patched = bench.first("PiTApplyTokens", model=model, ip_adapter=adapter, tokens=tokens)
+    patch = patched.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 4, 0]
+    width = patch.applications[0].cond[0][0].shape[-1]
+    options = {"n_heads": 2, "cond_or_uncond": [1, 0], "activations_shape": [2, width, 4, 4]}
+    for dtype in (torch.bfloat16, torch.float32):
+        q = randn((2, 16, width), 1).to(dtype)
+        assert torch.isfinite(patch(q, q, q, options)).all()
+    q = randn((2, 16, width), 1).half()
+    with pytest.raises(bench.error, match="^tokens give layer 0 numbers that are too large .* float16"):
+        patch(q, q, q, options)
     bench.host._release(patched)
 
 

@@ -99,9 +99,16 @@ def test_no_parts_and_transparent_parts(bench: Bench, models: dict[str, Any]) ->
     refused(bench, "parts is empty", "PiTEncodeParts", **models)
     refused(bench, "no tokens to combine", "PiTCombineTokens")
     clear = torch.zeros(1, 8, 8, 4)
-    refused(bench, "wholly transparent", "PiTEncodeParts", **models, parts={"part0": clear})
-    white = torch.ones(1, 8, 8, 3)
-    refused(bench, "this picture is white", "PiTEncodeParts", **models, parts={"p": white}, as_sketch=True)
+    good = torch.zeros(1, 8, 8, 4)
+    good[..., 3] = 1
+    parts = {"part0": good, "part1": clear}
+    refused(bench, "^part1: .*wholly transparent", "PiTEncodeParts", **models, parts=parts)
+    parts = {"part0": good, "part1": torch.cat([good, clear])}
+    refused(
+        bench, r"^part1 \(picture 1 of the batch\): .*transparent", "PiTEncodeParts", **models, parts=parts
+    )
+    parts = {"part0": good, "p": torch.ones(1, 8, 8, 3)}
+    refused(bench, "^p: .*this picture is white", "PiTEncodeParts", **models, parts=parts, as_sketch=True)
 
 
 @pytest.mark.parametrize(
@@ -182,8 +189,10 @@ def test_tokens(bench: Bench, models: dict[str, Any], model: Any) -> None:
     )
     refused(bench, "tokens1 is Tensor", "PiTCombineTokens", tokens={"tokens1": torch.zeros(1, 4, 32)})
     refused(bench, "no tokens to combine", "PiTCombineTokens", tokens={})
-    refused(bench, "Tokens 2 come in 2s", "PiTCombineTokens", tokens={"tokens0": bare, "tokens1": base})
-    refused(bench, "Tokens 2 are 12", "PiTCombineTokens", tokens={"a": bare, "b": long}, operation="add")
+    refused(bench, "tokens1 come in 2s", "PiTCombineTokens", tokens={"tokens0": bare, "tokens1": base})
+    refused(
+        bench, "b are 12 to a row, a 4", "PiTCombineTokens", tokens={"a": bare, "b": long}, operation="add"
+    )
     both = {"tokens": {"a": bare, "b": bare}, "operation": "slerp"}
     refused(bench, "amount", "PiTCombineTokens", **both, amount=NAN)
     for node in ("PiTSaveTokens", "PiTPreviewTokens"):
@@ -283,7 +292,7 @@ def test_encoders_and_models_that_do_not_belong(bench: Bench, models: dict[str, 
     wide = bench.clip_vision(width=48, projection=VISION)
     refused(
         bench,
-        "hidden states of width 48",
+        "^clip_vision: .*hidden states of width 48",
         "PiTEncodeImage",
         ip_adapter=adapter,
         clip_vision=wide,
@@ -292,7 +301,7 @@ def test_encoders_and_models_that_do_not_belong(bench: Bench, models: dict[str, 
     base = base_adapter(bench)
     refused(
         bench,
-        "image embeddings of width 20",
+        "^clip_vision: .*image embeddings of width 20",
         "PiTEncodeImage",
         ip_adapter=base,
         clip_vision=wide,
@@ -309,14 +318,19 @@ def test_encoders_and_models_that_do_not_belong(bench: Bench, models: dict[str, 
     )
     refused(bench, "ip_adapter is str", "PiTEncodeImage", ip_adapter="x", clip_vision=wide, image=image)
     tokens = {"ip_adapter": adapter, "tokens": bench.tokens(1)}
-    refused(bench, "model is str, no diffusion model", "PiTApplyTokens", model="x", **tokens)
+    refused(bench, "^model is str, no diffusion model", "PiTApplyTokens", model="x", **tokens)
     flux = SimpleNamespace(model=SimpleNamespace(diffusion_model=nn.Linear(2, 2)))
-    refused(bench, "no text cross-attention", "PiTApplyTokens", model=flux, **tokens)
+    refused(bench, "^model: .*no text cross-attention", "PiTApplyTokens", model=flux, **tokens)
     refused(bench, "prior is str", "PiTSamplePrior", prior="x", parts=bench.tokens(1))
     other = bench.adapter(name="other.safetensors", output_dim=24)
     narrow = bench.part("pit_core.ip_adapter.tokens").IPTokens(torch.zeros(1, 4, 24), 4)
     refused(
-        bench, "pair it with its own", "PiTApplyTokens", model=bench.model(), ip_adapter=other, tokens=narrow
+        bench,
+        "^model: .*pair it with its own",
+        "PiTApplyTokens",
+        model=bench.model(),
+        ip_adapter=other,
+        tokens=narrow,
     )
 
 
@@ -367,9 +381,9 @@ def test_files(bench: Bench, content: bytes, words: str) -> None:
         ("PiTLoadTokens", "output/ip_tokens"),
     ):
         (bench.folder / folder / "bad.safetensors").write_bytes(content)
-        refused(bench, words, node, file="bad.safetensors")
+        refused(bench, f"^file: .*{words}", node, file="bad.safetensors")
         for name in ("gone.safetensors", "BAD.safetensors", "bad.SAFETENSORS"):
-            refused(bench, f"There is no file '{name}'", node, file=name)
+            refused(bench, f"^file: There is no file '{name}'", node, file=name)
 
 
 def test_pickles_with_code(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -457,6 +471,15 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk(bench: Bench) -> None:
     finally:
         folder.unlink()
     bench.run("PiTSaveTokens", tokens=tokens)
+
+
+def test_names_that_are_no_text(bench: Bench) -> None:
+    """Half of a pair of UTF-16 words, which JSON may hold and no file system takes."""
+    refused(
+        bench, "file names cannot have", "PiTSaveTokens", tokens=bench.tokens(1), filename_prefix="a\ud800"
+    )
+    for node in ("PiTLoadIPAdapter", "PiTLoadPrior", "PiTLoadTokens"):
+        refused(bench, "^file: ", node, file="a\ud800.safetensors")
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 8, 8), (1, 4, 1, 8, 8), (3, 4, 8, 8)])

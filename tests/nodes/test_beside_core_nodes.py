@@ -128,6 +128,79 @@ def test_a_mask_lies_where_it_should_in_windows(
     assert close(second[2], second[0]) and not close(second[2], second[1])
 
 
+# tiles, as other packs cut them in a wrapper of the model
+
+
+def in_tiles(model: Any, order: str) -> Any:
+    """Left and right half: one by one, or both in one batch, in turn or those of each row side by side."""
+
+    def wrapper(apply_model: Any, given: dict[str, Any]) -> Tensor:
+        x, others = given["input"], {"t": given["timestep"], **given["c"]}
+        halves = x.chunk(2, dim=-1)
+        if order == "one by one":
+            return torch.cat([apply_model(half, **others) for half in halves], dim=-1)
+
+        def twice(value: Any) -> Any:
+            if not torch.is_tensor(value) or len(value) != len(x):
+                return value
+            return torch.cat([value] * 2) if order == "in turn" else value.repeat_interleave(2, dim=0)
+
+        many = torch.cat(halves) if order == "in turn" else torch.stack(halves, 1).flatten(0, 1)
+        out = apply_model(many, **{name: twice(value) for name, value in others.items()})
+        pair = out.chunk(2) if order == "in turn" else out.unflatten(0, (-1, 2)).unbind(1)
+        return torch.cat([*pair], dim=-1)
+
+    patched = model.clone()
+    patched.set_model_unet_function_wrapper(wrapper)
+    return patched
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("order", ["in turn", "side by side"])
+def test_batched_tiles_get_what_single_ones_get(
+    real: RealBench, given: dict[str, Any], order: str, masked: bool
+) -> None:
+    """Both halves of guidance and each picture their own tokens, wherever the batch has them."""
+    noise, mask = randn((3, 4, 8, 16), 7), torch.rand(3, 8, 16, generator=torch.Generator().manual_seed(6))
+    patched = applied(real, given, tokens=real.tokens(1, rows=3), mask=mask if masked else None)
+    single, batched = (real.sample(in_tiles(patched, how), noise=noise) for how in ("one by one", order))
+    assert close(batched, single)
+    assert not close(single, real.sample(in_tiles(given["model"], "one by one"), noise=noise))
+
+
+def test_a_mask_that_tiles_squeeze_is_told_once_a_run(
+    real: RealBench, given: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    mask = torch.zeros(8, 16)
+    mask[:, :8] = 1
+    masked = applied(real, given, mask=mask)
+    for model in (masked, in_tiles(applied(real, given), "one by one")):
+        real.sample(model, noise=NOISE)
+    assert "tile" not in caplog.text
+    for runs in (1, 2):
+        real.sample(in_tiles(masked, "one by one"), noise=NOISE)
+        assert caplog.text.count("laid on each tile of 64 x 64 pixels") == runs
+
+
+# sampling
+
+
+def test_a_span_of_the_run_is_that_of_the_sampling_that_is_used(
+    real: RealBench, given: dict[str, Any]
+) -> None:
+    """Whether core's node for another sampling stands before or after ours."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
+
+    def other(model: Any) -> Any:
+        return ModelSamplingContinuousEDM().patch(model, "eps", 120.0, 0.002)[0]
+
+    span = {"start_at": 0.1}  # of ours the second of eight steps, of the model's own none so early
+    last = real.sample(other(applied(real, given, **span)), steps=8)
+    first = real.sample(applied(real, {**given, "model": other(given["model"])}, **span), steps=8)
+    always = real.sample(other(applied(real, given)), steps=8)
+    assert torch.equal(first, last) and not close(first, always)
+
+
 # conditions
 
 

@@ -49,23 +49,31 @@ def run_every_layer(patched: Any, layers: list[Any], pictures: int, dtype: torch
         assert patches[layer.comfy_block](q, k, v, options).shape == q.shape
 
 
-@pytest.mark.parametrize("pictures", [1, 2])
-def test_sdxl_takes_less_than_16_mb_a_picture(bench: Bench, pictures: int) -> None:
-    """Keys and values of 16 tokens in all 70 layers, both halves, each picture with tokens of its own."""
+@pytest.mark.parametrize(
+    ("dtype", "pictures", "limit"),
+    [(torch.float16, 1, 16e6), (torch.float16, 2, 16e6), (torch.float32, 1, 22e6)],
+)
+def test_sdxl_takes_less_than_16_mb_a_picture(
+    bench: Bench, dtype: torch.dtype, pictures: int, limit: float
+) -> None:
+    """Keys and values of 16 tokens in all 70 layers, both halves, each picture with tokens of its own.
+
+    Twice as much in float32, which SDXL runs in where there is no half precision, on CPUs.
+    """
     adapter, layers = adapter_of_sdxl(bench)
     model = bench.model()
-    model.model_dtype = lambda: torch.float16
+    model.model_dtype = lambda: dtype
     tokens = randn((2, pictures, 16, 2048), 3)
     weights = {layer.index: bench.part("pit_core.ip_adapter.weights").LayerWeight(1.0) for layer in layers}
     made = bench.host.make_applications(model, adapter, [(tokens[0], tokens[1], None)], weights)
     patched = bench.host.apply(model, layers, made)
     assert bytes_held(made) == 0
-    run_every_layer(patched, layers, pictures, torch.float16)
+    run_every_layer(patched, layers, pictures, dtype)
     held = bytes_held(made)
     elsewhere = sum(p.numel() * p.element_size() for p in adapter.adapter.layers.parameters())
     print(f"{len(layers)} layers, {pictures} pictures: {held:,} bytes held; their weights {elsewhere:,}")  # noqa: T201
     assert len(layers) == 70 and elsewhere == 681_574_400
-    assert 0 < held <= 16e6 * pictures
+    assert 0 < held <= limit * pictures
     bench.host._release(patched)
     assert bytes_held(made) == 0
 

@@ -18,6 +18,18 @@ def test_the_loader_reports_how_a_prior_was_trained(bench: Bench) -> None:
     assert "up to 7 parts, with a reference slot, 50% sketches" in report
 
 
+def test_changed_settings_are_read_again(bench: Bench) -> None:
+    """Those beside the file, by its own name or as cfg.yaml."""
+    node, name = bench.pack.NODE_CLASS_MAPPINGS["PiTLoadPrior"], bench.prior_file("prior.ckpt")
+    seen = [node.fingerprint_inputs(file=name)]
+    for settings in ("cfg.yaml", "prior.yaml"):
+        (bench.folder / "models/ip_prior" / settings).write_text("a: 1", "utf-8")
+        seen.append(node.fingerprint_inputs(file=name))
+        (bench.folder / "models/ip_prior" / settings).write_text("a: 12", "utf-8")
+        seen.append(node.fingerprint_inputs(file=name))
+    assert len(set(seen)) == 5 and seen[-1] == node.fingerprint_inputs(file=name)
+
+
 def test_samples_are_those_of_the_library(bench: Bench, prior: Any) -> None:
     sample = bench.part("pit_core.ip_prior.sample")
     path = bench.folder / "models/ip_prior" / bench.prior_file(use_ref=True)

@@ -1,6 +1,7 @@
 """Combine, save, load and look at tokens."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,28 @@ def test_a_changed_file_is_read_again(bench: Bench) -> None:
     path.unlink()
     assert node.fingerprint_inputs(file=name) == "missing"
     assert node.fingerprint_inputs(file=None) == ""
+
+
+def test_models_may_be_links_and_tokens_may_not(bench: Bench, tmp_path: Path) -> None:
+    """A disk of models elsewhere is usual, and listed by the host; tokens lie where workflows write."""
+    for node, folder, name in (
+        ("PiTLoadIPAdapter", "models/ipadapter", bench.adapter_file("here.safetensors")),
+        ("PiTLoadPrior", "models/ip_prior", bench.prior_file("here.safetensors")),
+    ):
+        elsewhere = tmp_path / folder
+        elsewhere.mkdir(parents=True)
+        (bench.folder / folder / name).rename(elsewhere / name)
+        (bench.folder / folder / "disk").symlink_to(elsewhere, target_is_directory=True)
+        (bench.folder / folder / "one.safetensors").symlink_to(elsewhere / name)
+        for file in ("one.safetensors", f"disk/{name}"):
+            assert bench.run(node, file=file)
+            assert bench.pack.NODE_CLASS_MAPPINGS[node].fingerprint_inputs(file=file) != "missing"
+    bench.run("PiTSaveTokens", tokens=bench.tokens(1))
+    tokens = bench.folder / "output/ip_tokens"
+    (tokens / "tokens_00001_.safetensors").rename(tmp_path / "outside.safetensors")
+    (tokens / "link.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    with pytest.raises(bench.error, match="leads out of the folder"):
+        bench.run("PiTLoadTokens", file="link.safetensors")
 
 
 @pytest.mark.parametrize("prefix", ["../out", "/abs", "a/../../b", "~/x", "C:\\x", "a\\b", "nul", "a\0b", ""])
