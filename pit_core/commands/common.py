@@ -47,7 +47,8 @@ def plain_errors(command: Command) -> Command:
             if not _is_memory_full(error):
                 raise
             raise _failed(
-                "The memory is full; try --batch 1, --dtype float16, or a smaller --size."
+                "The memory is full; take a smaller batch, smaller pictures or half precision, in this "
+                "command's options or in its settings file."
             ) from None
 
     return wrapped  # type: ignore[return-value]
