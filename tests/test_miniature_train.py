@@ -112,6 +112,36 @@ def test_a_stage_before_its_turn_is_told_in_a_sentence(out: Path, tmp_path: Path
         train.main("unet", _fresh(out, tmp_path))
 
 
+@pytest.mark.parametrize(("vae", "decoder"), [(31.994, None), (32.5, 31.994), (float("nan"), None)])
+@pytest.mark.parametrize("stage", ["unet", "unet-finish", "adapter"])
+def test_nothing_learns_on_the_latents_of_a_poor_vae(
+    tmp_path: Path, stage: str, vae: float, decoder: float | None
+) -> None:
+    _accepted(tmp_path, "vae", vae)
+    if decoder is not None:
+        _accepted(tmp_path, "decoder", decoder)
+    with pytest.raises(PitError, match=r"reached (31.99|nan) dB, but .* only from 32 dB on"):
+        train.main(stage, tmp_path)
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_a_good_vae_is_let_pass_and_so_are_a_shipped_one_and_a_trial(tmp_path: Path) -> None:
+    _accepted(tmp_path / "good", "vae", 31.0)
+    _accepted(tmp_path / "good", "decoder", 32.0)
+    train.require_good_vae(tmp_path / "good")
+    train.require_good_vae(tmp_path / "shipped")
+    _accepted(tmp_path / "trial", "vae", 12.0)
+    set_scale(tmp_path / "trial", 0.5)
+    train.require_good_vae(tmp_path / "trial")
+
+
+def _accepted(out: Path, stage: str, db: float) -> None:
+    """What a checkpoint notes of a VAE's figure."""
+    state = out / stage / "checkpoints" / "step-00000002" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps({"metrics": {"db": db}}))
+
+
 # scale
 
 

@@ -6,6 +6,7 @@ IP-Prior.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,7 @@ from . import models, reader
 from .batches import Captioned, Concepts, Conditioned, Pictures, to_pixels
 from .objectives import ContrastiveObjective, DecoderObjective, ReaderObjective, UNetObjective, VAEObjective
 from .recipes import RECIPES, SNR_LIMIT, quick_precision
-from .scale import scaled_config, set_scale
+from .scale import scale_of, scaled_config, set_scale
 from .sets import base_pictures, captioner, everything, pictures, vision_pictures
 from .tokenizer import WordTokenizer
 from .trained import (
@@ -43,6 +44,7 @@ from .trained import (
 
 SLOTS = 3  # parts that the prior is trained with, at most
 CHECKED = 100  # pictures that the VAE's figure is measured on
+LEAST_DB = 32.0  # what the VAE reaches before other models learn on its latents
 
 
 def main(
@@ -58,7 +60,7 @@ def main(
 
     ``scale`` below 1 takes that share of pictures and steps, for a trial of the whole chain; a folder keeps
     its scale. ``from_shipped`` takes the shipped weights where an earlier stage was not trained in ``out``.
-    Raises PitError for an unknown stage and for a folder begun at another scale.
+    Raises PitError for an unknown stage, for a folder begun at another scale, and as `require_good_vae`.
     """
     if stage is not None and stage not in STAGES:
         raise PitError(f"There is no stage '{stage}'; the stages are {', '.join(STAGES)}.")
@@ -68,6 +70,8 @@ def main(
         start_from_shipped(out)
     results = []
     for name in STAGES if stage is None else (stage,):
+        if name in (*UNET_STAGES, "adapter"):
+            require_good_vae(out)
         result = _run_stage(name, out, minutes) if processes == 1 else _shared(name, out, minutes, processes)
         results.append((name, result))
         if not result.finished:
@@ -155,6 +159,22 @@ def reconstruction_db(vae: Any, pixels: Tensor) -> float:
         mse = ((decoded - chunk) / 2).pow(2).mean(dim=(1, 2, 3))
         values.append(-10 * torch.log10(mse))
     return float(torch.cat(values).mean())
+
+
+def require_good_vae(out: Path) -> None:
+    """Raise PitError when the VAE that was trained in ``out`` came out under LEAST_DB.
+
+    The shipped one was accepted before; in a trial at a smaller scale no VAE gets that far.
+    """
+    newest = latest_checkpoint(out / "decoder") or latest_checkpoint(out / "vae")
+    if newest is None or scale_of(out) < 1:
+        return
+    db = json.loads((newest / "state.json").read_text("utf-8"))["metrics"]["db"]
+    if not db >= LEAST_DB:
+        raise PitError(
+            f"The VAE in '{out}' reached {db:.2f} dB, but other models learn on its latents only from "
+            f"{LEAST_DB:g} dB on; finish or redo its stages vae and decoder, or begin a folder --from-shipped."
+        )
 
 
 def train_reader(out: Path, name: str, **options: Any) -> Result:
