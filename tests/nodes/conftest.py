@@ -12,6 +12,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import benches  # noqa: E402
+import real_host  # noqa: E402
 
 HOST = os.environ.get("PIT_TESTS_ON_HOST")
 
@@ -36,6 +37,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[benches.Bench]:
     made = benches.RealBench(Path(HOST), folder) if HOST else benches.DoubleBench(folder)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module", params=real_host.parameters())
+def comfyui(request: pytest.FixtureRequest) -> Path:
+    """The folder of a real ComfyUI; each test runs in every one that there is."""
+    return request.param
 
 
 @pytest.fixture

@@ -10,22 +10,27 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import benches
+import numpy as np
 import pytest
 import real_host
 import torch
+from PIL import Image
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(900)]
 
 WEIGHTS = real_host.ROOT / "pit_core/miniature/weights"
+PARTS = real_host.ROOT / "pit_core/miniature/parts"
+KINDS = ("wings", "ears")  # the parts of the main job
 
 
 class Server:
-    def __init__(self, folder: Path) -> None:
-        comfyui, python = real_host.find()
+    def __init__(self, comfyui: Path, folder: Path) -> None:
+        python = real_host.interpreter(comfyui)
         self.folder = folder
         for name in ("custom_nodes", "input", "output/ip_tokens", "models/ipadapter", "models/ip_prior"):
             (folder / name).mkdir(parents=True)
@@ -84,6 +89,14 @@ class Server:
             time.sleep(0.5)
         raise AssertionError("the graph did not finish")
 
+    def pictures(self, entry: dict[str, Any], node: str) -> list[np.ndarray]:
+        """What a node saved, (H, W, 3) in 0-255 each."""
+        places = [
+            self.folder / each["type"] / each["subfolder"] / each["filename"]
+            for each in entry["outputs"][node]["images"]
+        ]
+        return [np.asarray(Image.open(place).convert("RGB"), dtype=np.float32) for place in places]
+
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(30)
@@ -91,8 +104,8 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(tmp_path_factory.mktemp("base"))
+def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(comfyui, tmp_path_factory.mktemp("base"))
     try:
         made.wait()
         yield made
@@ -113,6 +126,13 @@ def error_of(entry: dict[str, Any]) -> str:
 
 def succeeded(entry: dict[str, Any]) -> bool:
     assert entry["status"]["status_str"] == "success", entry["status"]
+    return True
+
+
+def look_like_pictures(found: list[np.ndarray]) -> bool:
+    """None is blank, and no two are alike."""
+    assert min(float(each.std(axis=(0, 1)).max()) for each in found) > 10
+    assert all(float(abs(a - b).mean()) > 1 for a, b in combinations(found, 2))
     return True
 
 
@@ -221,7 +241,7 @@ def skip_without(*names: str) -> None:
 
 def main_job(server: Server, file: str, seed: int = 7, **settings: Any) -> dict[str, Any]:
     """Parts as files in, pictures of concepts out, by an adapter and a prior of that name."""
-    parts = sorted((real_host.ROOT / "pit_core/miniature/parts").rglob("*.png"))[:2]
+    parts = [sorted((PARTS / kind).glob("*.png"))[0] for kind in KINDS]
     for number, part in enumerate(parts):
         if not (path := server.folder / f"input/part{number}.png").is_file():
             path.write_bytes(part.read_bytes())
@@ -278,8 +298,16 @@ def test_the_main_job_in_the_miniature(server: Server) -> None:
     skip_without(
         "unet/diffusion_pytorch_model.safetensors", "ip_adapter_plus.safetensors", "ip_prior.safetensors"
     )
-    assert succeeded(server.run(main_job(server, "miniature (ships with this pack)")))
-    assert len(list((server.folder / "output").glob("concept_*.png"))) == 2
+    before = set((server.folder / "output").glob("concept_*.png"))
+    entry = server.run(main_job(server, "miniature (ships with this pack)"))
+    assert succeeded(entry)
+    assert len(set((server.folder / "output").glob("concept_*.png")) - before) == 2
+    found = server.pictures(entry, "14")
+    assert look_like_pictures(found)
+    plain = server.run(main_job(server, "miniature (ships with this pack)", apply={"weight": 0.0}))
+    assert succeeded(plain)
+    for picture, without in zip(found, server.pictures(plain, "14"), strict=True):
+        assert look_like_pictures([picture, without])
 
 
 def test_another_seed_of_the_sampler_makes_no_tokens_again(server: Server, untrained: str) -> None:

@@ -23,14 +23,13 @@ def test_without_its_weights_it_says_so(bench: benches.Bench, tmp_path: Path) ->
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, Tensor]]:
+def results(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, Tensor]]:
     """Name -> (found in the host, expected)."""
-    real_host.find()
     pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("miniature")
     expected = _with_diffusers(folder)
     script = Path(benches.__file__).with_name("host_miniature.py")
-    done = real_host.run(str(script), str(folder), timeout=500)
+    done = real_host.run(comfyui, str(script), str(folder), timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     from pit_core.files import load_tensors
 

@@ -11,8 +11,8 @@ HERE = Path(__file__).resolve().parent
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(1300)]
 
 
-def test_the_node_tests_pass_in_comfyui() -> None:
-    if real_host.run("-c", "import pytest", timeout=120).returncode:
+def test_the_node_tests_pass_in_comfyui(comfyui: Path) -> None:
+    if real_host.run(comfyui, "-c", "import pytest", timeout=120).returncode:
         pytest.skip("the host's interpreter has no pytest; install it there")
     options = [
         "-q",
@@ -22,12 +22,13 @@ def test_the_node_tests_pass_in_comfyui() -> None:
         "-c",
         str(real_host.ROOT / "pyproject.toml"),
     ]
-    done = real_host.run("-m", "pytest", *options, "--rootdir", str(real_host.ROOT), str(HERE), timeout=1200)
+    options += ["--rootdir", str(real_host.ROOT)]
+    done = real_host.run(comfyui, "-m", "pytest", *options, str(HERE), timeout=1200)
     print(done.stdout[-2000:])  # noqa: T201
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def test_the_pack_adds_little_to_the_start(tmp_path: Path) -> None:
+def test_the_pack_adds_little_to_the_start(comfyui: Path) -> None:
     """At most 0.15 s of processor time; what the host has imported itself is not ours to pay for.
 
     Nothing heavy is so much as asked for: the host's own transformers would hide that it was.
@@ -58,7 +59,7 @@ print(json.dumps({
     "seen": "torch" in asked,
 }))
 """
-    done = real_host.run("-c", script, str(real_host.ROOT), str(HERE), timeout=300)
+    done = real_host.run(comfyui, "-c", script, str(real_host.ROOT), str(HERE), timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)  # noqa: T201

@@ -54,14 +54,13 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, Tensor]]:
+def found(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, Tensor]]:
     """Case -> (ComfyUI's latents, diffusers')."""
-    real_host.find()
     pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("parity")
     expected = _with_diffusers(folder)
     script = Path(benches.__file__).with_name("host_parity.py")
-    done = real_host.run(str(script), str(folder), timeout=800)
+    done = real_host.run(comfyui, str(script), str(folder), timeout=800)
     assert done.returncode == 0, done.stderr[-4000:]
     from pit_core.files import load_tensors
 

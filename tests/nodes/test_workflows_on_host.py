@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_end_to_end import look_like_pictures
 from workflow_graphs import Workflow, all_workflows
-from workflow_server import WorkflowServer, missing_weights, serving
+from workflow_server import FOLDER, WorkflowServer, missing_weights, serving
 
 pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -22,8 +23,8 @@ MINIATURE = [name for name, graph in GRAPHS.items() if not graph.full]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkflowServer]:
-    with serving(tmp_path_factory.mktemp("base")) as made:
+def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkflowServer]:
+    with serving(comfyui, tmp_path_factory.mktemp("base")) as made:
         made.place_files()
         yield made
 
@@ -77,11 +78,8 @@ def test_the_miniature_runs_to_the_end(server: WorkflowServer, name: str) -> Non
     entry = server.finished(number)
     assert entry["status"]["status_str"] == "success", entry["status"]
     for node in (each for each in graph.nodes if each.kind == "SaveImage"):
-        saved = entry["outputs"][str(node.id)]["images"]
-        assert len(saved) == _count(graph)
-        assert all(
-            (server.folder / "output" / each["subfolder"] / each["filename"]).is_file() for each in saved
-        )
+        found = server.pictures(entry, str(node.id))
+        assert len(found) == _count(graph) and look_like_pictures(found)
 
 
 def _count(graph: Workflow) -> int:
@@ -90,10 +88,12 @@ def _count(graph: Workflow) -> int:
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_comfy_cli_finds_it_valid(comfy: list[str], tmp_path: Path, name: str) -> None:
+    """The graph, and the file that ships, which it makes a graph of by itself."""
     path = tmp_path / "api.json"
     path.write_text(json.dumps(GRAPHS[name].api()), "utf-8")
-    done = _comfy(*comfy, "--workflow", str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
+    for each in (path, FOLDER / f"{name}.json"):
+        done = _comfy(*comfy, "--workflow", str(each))
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_comfy_cli_finds_a_wrong_link_invalid(comfy: list[str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -54,16 +55,22 @@ class WorkflowServer(Server):
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[WorkflowServer]:
-    """A server with its own folders, stopped at the end."""
-    comfyui, _ = real_host.find()
-    server = WorkflowServer(folder)
+def serving(comfyui: Path, folder: Path) -> Iterator[WorkflowServer]:
+    """A ComfyUI's server with folders of its own, stopped at the end."""
+    server = WorkflowServer(comfyui, folder)
     try:
         shutil.copy(comfyui / "input/example.png", folder / "input/example.png")
         server.wait()
         yield server
     finally:
         server.stop()
+
+
+def some_host() -> Path:
+    """For what is made once. Ends the program, and says why, where there is no ComfyUI."""
+    if not (found := real_host.folders()):
+        sys.exit("There is no ComfyUI: name its folder in COMFYUI_PATH.")
+    return found[0]
 
 
 def missing_weights() -> str | None:

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 from workflow_graphs import FLUX, Workflow, all_workflows
-from workflow_server import FOLDER, WorkflowServer, missing_weights, serving
+from workflow_server import FOLDER, WorkflowServer, missing_weights, serving, some_host
 
 SIDE, TILE, RESULT = 512, 120, 384  # pixels: the thumbnail, a picture that went in, what came out
 INK = (70, 70, 80)
@@ -36,7 +36,7 @@ def main(names: Sequence[str]) -> None:
     chosen = {w.name: w for w in all_workflows() if not names or w.name in names}
     graphs = {w.name: w for w in all_workflows()}
     made: dict[str, tuple[Pictures, Pictures]] = {}
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, serving(some_host(), Path(folder)) as server:
         for name, workflow in chosen.items():
             source = source_of(workflow)
             if source not in made:

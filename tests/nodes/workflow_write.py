@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 import workflow_graphs as graphs
 from workflow_page import Page, opened
-from workflow_server import FOLDER, serving
+from workflow_server import FOLDER, serving, some_host
 
 WIDTH, GAP = 310, 36  # of a node, and between nodes
 HEAD = 30  # a node's title, above its position
@@ -76,7 +76,7 @@ class Layout:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, serving(some_host(), Path(folder)) as server:
         server.place_files()
         with opened(server.address) as page:
             page.open(vue=False)
