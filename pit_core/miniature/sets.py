@@ -1,8 +1,8 @@
 """The miniature's picture sets by name: what is in them, how many, and their captions.
 
 The check sets hold combinations of shapes that the sets "world" and "concepts" do not contain, on which all
-models but the readers learn. The readers learn on all combinations: one that knew some less well would count its
-own mistakes against what it reads.
+models but the readers learn. The readers learn on all combinations: one that knew some less well would count
+its own mistakes against what it reads.
 """
 
 from __future__ import annotations

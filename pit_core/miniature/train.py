@@ -173,7 +173,7 @@ def require_good_vae(out: Path) -> None:
     if not db >= LEAST_DB:
         raise PitError(
             f"The VAE in '{out}' reached {db:.2f} dB, but other models learn on its latents only from "
-            f"{LEAST_DB:g} dB on; finish or redo its stages vae and decoder, or begin a folder --from-shipped."
+            f"{LEAST_DB:g} dB on; finish or redo its stages vae and decoder, or begin one --from-shipped."
         )
 
 
