@@ -19,12 +19,14 @@ INSTALL := $(PY) -m pip -qq --disable-pip-version-check install --no-compile -c 
 KEY := $(shell { pwd; cat pyproject.toml requirements.txt constraints.txt; } | cksum | cut -d ' ' -f 1)
 READY := .venv/.ready-$(KEY)
 
-# Another torch build asked for than the one installed: the same version number would not make pip replace it.
-ifneq ($(TORCH_INDEX),)
-ifneq ($(TORCH_INDEX),$(shell cat .venv/.torch-index 2>/dev/null))
-TORCH_SOURCE := --index-url $(TORCH_INDEX) --force-reinstall
+# The index of the installed torch is read before anything may delete .venv, so that a new one has the same build.
+# Another build asked for than the one installed: the same version number would not make pip replace it.
+CHOSEN := $(shell cat .venv/.torch-index 2>/dev/null)
+INDEX := $(or $(TORCH_INDEX),$(CHOSEN))
+TORCH_SOURCE := $(if $(INDEX),--index-url $(INDEX))
+ifneq ($(INDEX),$(CHOSEN))
+TORCH_SOURCE += --force-reinstall
 .PHONY: $(READY)
-endif
 endif
 
 .PHONY: demo test check bench clean
@@ -61,7 +63,7 @@ $(READY):
 	@rm -f .venv/.ready-*
 	@echo "  1/2 torch"
 	@$(INSTALL) torch $(TORCH_SOURCE)
-	@if [ -n "$(TORCH_INDEX)" ]; then echo "$(TORCH_INDEX)" > .venv/.torch-index; fi
+	@if [ -n "$(INDEX)" ]; then echo "$(INDEX)" > .venv/.torch-index; fi
 	@echo "  2/2 everything else"
 	@$(INSTALL) -e ".[headless,train,dev]"
 	@$(PY) -c "import accelerate, diffusers, importlinter, pit_core, pytest, torch, transformers, typer" || { \
