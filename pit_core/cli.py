@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import evaluate, files, miniature, sample, train
+from .commands import evaluate, files, lora, miniature, sample, train
 
 MANY = ("--parts", "--reference")
 """Options that take several values after one name, as in `--parts wing.png horns.png`."""
@@ -31,6 +31,7 @@ for _command in (sample.sample, sample.demo, files.convert, files.download, file
 app.add_typer(train.app, name="train")
 app.add_typer(miniature.app, name="miniature")
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(lora.app, name="lora")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

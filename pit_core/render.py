@@ -25,6 +25,9 @@ from .ip_adapter.adapter import IPAdapter
 from .ip_adapter.attention import Weight
 from .ip_adapter.layers import AttentionLayer, layers_of_config, layers_of_ldm_shapes, layers_of_unet
 from .ip_adapter.processor import install_ip_adapter, installed_context, uninstall_ip_adapter
+from .lora.ip_deltas import apply_ip_deltas
+from .lora.model import Lora, patched_weight
+from .lora.placing import Placed, Strengths, place_lora
 
 PROMPT = "best quality, high quality"
 NEGATIVE = "monochrome, lowres, bad anatomy, worst quality, low quality"
@@ -46,18 +49,21 @@ Progress = Callable[[int, int], None]
 class RenderSettings:
     """How tokens become pictures; the defaults are the paper's.
 
-    weight: of the image tokens, one number or layer index -> number. size: (width, height) in pixels, None
-    for the UNet's own. batch: pictures at a time. strength: how much of `init_image` is drawn anew.
+    negative: None stands for embeddings of zeros, no text at all. weight: of the image tokens, one number or
+    layer index -> number. size: (width, height) in pixels, None for the UNet's own. batch: pictures at a
+    time. strength: how much of `init_image` is drawn anew. same_tokens: the unconditional half sees the image
+    tokens, too, instead of null tokens.
     """
 
     prompt: str = PROMPT
-    negative: str = NEGATIVE
+    negative: str | None = NEGATIVE
     steps: int = 50
     guidance: float = 5.0
     weight: Weight = 1.0
     size: tuple[int, int] | None = None
     batch: int = 4
     strength: float = 1.0
+    same_tokens: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
@@ -71,6 +77,12 @@ class RenderSettings:
             raise PitError(f"Expected a finite weight (1 is usual), got {self.weight!r}.")
         if not 0 < self.strength <= 1:
             raise PitError(f"Expected a strength above 0 and up to 1, got {self.strength!r}.")
+
+
+def for_ip_lora(settings: RenderSettings) -> RenderSettings:
+    """The settings as IP-LoRAs are published to be sampled with: no negative prompt, and both halves see the
+    image tokens."""
+    return replace(settings, negative=None, same_tokens=True)
 
 
 class Renderer:
@@ -129,6 +141,7 @@ class Renderer:
         (SDEdit, arXiv 2108.01073). Raises PitError for tokens, seeds and settings that do not fit.
         """
         settings = replace(settings or RenderSettings(), **changes)
+        null_tokens = None if settings.same_tokens else null_tokens
         _check_rows(tokens, null_tokens, seeds)
         width, height = self._checked_size(settings)
         text = self._text(settings)
@@ -143,6 +156,40 @@ class Renderer:
                     settings, text, list(seeds[rows]), (width, height), init_image=init_image, after=after
                 )
         return done
+
+    def placed(self, lora: Lora) -> Placed:
+        """Where a LoRA's layers go in this UNet and its adapter. Raises PitError as place_lora."""
+        shapes = {name: tuple(p.shape) for name, p in self.unet.named_parameters()}
+        return place_lora(lora, shapes, self.adapter)
+
+    @contextmanager
+    def under_loras(self, loras: Sequence[tuple[Lora, Strengths]]) -> Iterator[None]:
+        """Inside, LoRAs change the UNet and the adapter; afterwards both are as before, bit for bit.
+
+        The former numbers wait on the CPU meanwhile. Raises PitError as place_lora, before anything changes.
+        """
+        found = [(self.placed(lora), strengths) for lora, strengths in loras]
+        adapter = self.adapter
+        before: dict[nn.Parameter, Tensor] = {}
+        try:
+            for placed, strengths in found:
+                self._add(placed, strengths, before)
+            yield
+        finally:
+            self.adapter = adapter
+            for parameter, data in before.items():
+                parameter.data = data.to(parameter.device)
+
+    @torch.no_grad()
+    def _add(self, placed: Placed, strengths: Strengths, before: dict[nn.Parameter, Tensor]) -> None:
+        for strength, layers in placed.by_strength(strengths).items():
+            for name, layer in layers.items():
+                parameter = self.unet.get_parameter(name)
+                before.setdefault(parameter, parameter.data.cpu())
+                parameter.data = patched_weight(parameter.data, layer, strength)
+        of_adapter = strengths.whole * strengths.adapter
+        if placed.adapter and of_adapter:
+            self.adapter = apply_ip_deltas(self.adapter, placed.lora, of_adapter)
 
     def _run(
         self,
@@ -200,13 +247,16 @@ class Renderer:
     def _text(self, settings: RenderSettings) -> dict[str, Tensor]:
         """Embeddings of prompt and negative, (1, ...) each, as the pipeline takes them."""
         device, dtype = self.pipe._execution_device, self.unet.dtype
+        negative = settings.negative or ""
         if self._encode_prompt is not None:
-            embeds, pooled = self._encode_prompt([settings.prompt, settings.negative])
+            embeds, pooled = self._encode_prompt([settings.prompt, negative])
             parts = (embeds[:1], embeds[1:], pooled[:1], pooled[1:])
         else:
             parts = self.pipe.encode_prompt(
-                settings.prompt, negative_prompt=settings.negative, do_classifier_free_guidance=True
+                settings.prompt, negative_prompt=negative, do_classifier_free_guidance=True
             )
+        if settings.negative is None:
+            parts = (parts[0], torch.zeros_like(parts[1]), parts[2], torch.zeros_like(parts[3]))
         names = (
             "prompt_embeds",
             "negative_prompt_embeds",

@@ -28,9 +28,13 @@ from .concepts import (
 from .errors import PitError
 from .files import existing_file
 from .ip_adapter.tokens import IPTokens, save_ip_tokens
+from .lora.formats import load_lora
+from .lora.kinds import IP_LORA, kind_of
+from .lora.model import Lora
+from .lora.placing import Strengths
 from .parts.canvas import crop_transparent, reference_grid
 from .pictures import SheetRow, Tile, contact_sheet, picture_files, read_picture, save_png
-from .render import RenderSettings
+from .render import RenderSettings, for_ip_lora
 from .runs import (
     JobFiles,
     Record,
@@ -49,6 +53,7 @@ from .runs import (
 __all__ = [
     "DTYPES",
     "JobFiles",
+    "LoraFile",
     "Model",
     "Output",
     "PriorSettings",
@@ -62,6 +67,8 @@ __all__ = [
     "check_render",
     "check_same_weights",
     "checked_device",
+    "lora_defaults",
+    "lora_file",
     "matched_paths",
     "notes",
     "picture_files",
@@ -169,6 +176,37 @@ class Model:
         return load_stack(self.files, device=checked_device(self.device), dtype=DTYPES[self.dtype])
 
 
+@dataclass(frozen=True, eq=False)
+class LoraFile:
+    """A LoRA that UNet and adapter are under while the pictures are drawn."""
+
+    path: Path
+    strength: float
+    lora: Lora
+
+    @property
+    def strengths(self) -> Strengths:
+        return Strengths(self.strength)
+
+
+def lora_file(named: str) -> LoraFile:
+    """The LoRA of `FILE` or `FILE:strength`, read. Raises PitError as load_lora, and for an odd strength."""
+    path, _, number = named.rpartition(":")
+    try:
+        strength = float(number)
+    except ValueError:  # no number behind it, or the colon is that of a drive
+        path, strength = named, 1.0
+    if not path or Path(named).exists():
+        path, strength = named, 1.0
+    Strengths(strength)
+    return LoraFile(Path(path), strength, load_lora(path))
+
+
+def lora_defaults(defaults: RenderSettings, loras: Sequence[LoraFile]) -> RenderSettings:
+    """The render settings that suit a stack under these LoRAs."""
+    return for_ip_lora(defaults) if any(kind_of(each.lora) == IP_LORA for each in loras) else defaults
+
+
 def run(
     stack: Stack,
     jobs: Sequence[JobFiles],
@@ -176,6 +214,7 @@ def run(
     folder: RunFolder,
     *,
     model: Model,
+    loras: Sequence[LoraFile] = (),
     command: Sequence[str] = (),
     stage: Stage | None = None,
 ) -> Output:
@@ -185,13 +224,15 @@ def run(
     """
     pictures = _read_all(jobs)
     ready = [_job(files, pictures, settings.as_sketch) for files in jobs]
-    concepts = make_many(stack, ready, settings.prior, settings.render, stage=stage)
+    with stack.renderer.under_loras([(each.lora, each.strengths) for each in loras]):
+        concepts = make_many(stack, ready, settings.prior, settings.render, stage=stage)
     sheet = contact_sheet(
         [_row(stack, *each) for each in zip(jobs, ready, concepts, strict=True)],
     )
     tokens = concept_tokens(stack, [concept for made in concepts for concept in made])
     with folder.writing():
-        record = Record(_model_entry(model, stack, folder.folder), asdict(settings), [], command)
+        entry = _model_entry(model, stack, loras, folder.folder)
+        record = Record(entry, asdict(settings), [], command)
         return _write(folder, jobs, concepts, sheet, tokens, record)
 
 
@@ -226,15 +267,21 @@ def changed(defaults: RenderSettings, changes: Mapping[str, Any]) -> RenderSetti
     return replace(defaults, **{name: value for name, value in changes.items() if value is not None})
 
 
-def notes(stack: Stack, jobs: Sequence[JobFiles], settings: Settings) -> list[str]:
-    """What the user should know although the run goes on, each sentence once."""
+def notes(
+    stack: Stack, jobs: Sequence[JobFiles], settings: Settings, loras: Sequence[LoraFile] = ()
+) -> list[str]:
+    """What the user should know although the run goes on, each sentence once.
+
+    Raises PitError for a LoRA that does not fit the stack.
+    """
+    unplaced = [stack.renderer.placed(each.lora).warning for each in loras]
     white = Image.new("RGB", (1, 1))
     found = [
         note
         for files in jobs
         for note in advice(stack, Job([white] * len(files.parts), files.seeds, as_sketch=settings.as_sketch))
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([*found, *filter(None, unplaced)]))
 
 
 # repeating
@@ -248,6 +295,7 @@ class Repeat:
     settings: Settings
     model: Model
     hashes: Mapping[str, str]
+    loras: Sequence[LoraFile] = ()
     note: str | None = None
 
 
@@ -266,6 +314,7 @@ def repeat_of(path: str | Path) -> Repeat:
             str(model["dtype"]),
         )
         hashes = {str(name): str(value) for name, value in model["hashes"].items()}
+        loras = [_recorded_lora(entry, path) for entry in model.get("loras", [])]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PitError(f"'{path.name}' is damaged or of another release; it cannot be repeated.") from error
     if named.dtype not in DTYPES:
@@ -273,7 +322,7 @@ def repeat_of(path: str | Path) -> Repeat:
             f"'{path.name}' names the dtype '{named.dtype}', which is none of {', '.join(DTYPES)}."
         )
     settings = Settings.from_record(record.settings)
-    return Repeat(jobs, settings, named, hashes, version_note(record.versions))
+    return Repeat(jobs, settings, named, hashes, loras, version_note(record.versions))
 
 
 def check_same_weights(stack: Stack, hashes: Mapping[str, str]) -> None:
@@ -286,6 +335,11 @@ def check_same_weights(stack: Stack, hashes: Mapping[str, str]) -> None:
             f"The model '{stack.name}' has changed since the run was recorded ({changed[0]}); "
             "put the former release or files back to repeat it."
         )
+
+
+def _recorded_lora(entry: Mapping[str, Any], record: Path) -> LoraFile:
+    path = recorded_file(entry, record)
+    return LoraFile(path, float(entry["strength"]), load_lora(path))
 
 
 def _recorded_job(entry: Mapping[str, Any], record: Path) -> JobFiles:
@@ -394,7 +448,7 @@ def _job_entry(files: JobFiles, names: Sequence[str], base: Path) -> dict[str, A
     }
 
 
-def _model_entry(model: Model, stack: Stack, base: Path) -> dict[str, Any]:
+def _model_entry(model: Model, stack: Stack, loras: Sequence[LoraFile], base: Path) -> dict[str, Any]:
     files = {} if model.files is None else model.files.named()
     return {
         "name": model.name,
@@ -402,4 +456,5 @@ def _model_entry(model: Model, stack: Stack, base: Path) -> dict[str, Any]:
         "dtype": model.dtype,
         "hashes": dict(stack.hashes),
         "files": {name: file_entry(path, base) for name, path in files.items()},
+        "loras": [{**file_entry(each.path, base), "strength": each.strength} for each in loras],
     }

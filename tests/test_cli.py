@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import tiny_stack
 import torch
+from lora_files import lora_file, lora_key, unet_shapes
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pit_core.cli import main, several_values
 from pit_core.concepts import StackFiles
@@ -535,6 +536,137 @@ except SystemExit:
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+# LoRAs
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An IP-LoRA of the tiny stack, with the adapter's own layers, strong enough to be seen."""
+    path = tmp_path_factory.mktemp("loras") / "scene.safetensors"
+    shapes = unet_shapes(tiny_stack.unet(), ip=True)
+    save_file({key: tensor * 3 for key, tensor in lora_file(shapes).items()}, path)
+    return path
+
+
+def test_pictures_are_drawn_under_an_ip_lora_and_repeated(
+    run: Run, models: list, parts: Path, lora: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        "--parts",
+        parts / "wing.png",
+        "--count",
+        1,
+        "--prompt",
+        "a beach",
+        *models,
+        "--out",
+        tmp_path,
+    ]
+    assert run("sample", *arguments, "--ip-lora", lora)[::2] == (0, "")
+    assert run("sample", *arguments, "--ip-lora", f"{lora}:0.5")[0] == 0
+    assert run("sample", *arguments)[0] == 0
+    assert run("sample", "--repeat", tmp_path / "002-record.json", "--out", tmp_path)[::2] == (0, "")
+    one, half, none, again = (_pixels(tmp_path / f"00{i}-concept-01.png") for i in (1, 2, 3, 4))
+    assert np.array_equal(half, again)
+    assert not np.array_equal(one, none) and not np.array_equal(half, one)
+    records = [json.loads((tmp_path / f"00{i}-record.json").read_text("utf-8")) for i in (2, 3)]
+    (entry,) = records[0]["model"]["loras"]
+    assert (tmp_path / entry["path"]).resolve() == lora.resolve() and entry["strength"] == 0.5
+    render = records[0]["settings"]["render"]
+    assert (render["negative"], render["same_tokens"], render["prompt"]) == (None, True, "a beach")
+    assert records[1]["model"]["loras"] == [] and records[1]["settings"]["render"]["negative"]
+
+
+def test_a_changed_lora_is_not_repeated(
+    run: Run, models: list, parts: Path, lora: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.safetensors"
+    shutil.copy(lora, mine)
+    arguments = ["--parts", parts / "wing.png", "--count", 1, *models, "--out", tmp_path / "out"]
+    assert run("sample", *arguments, "--ip-lora", mine)[0] == 0
+    save_file({key: tensor / 2 for key, tensor in load_file(mine).items()}, mine)
+    code, _, errors = run("sample", "--repeat", tmp_path / "out/001-record.json", "--out", tmp_path / "out")
+    assert code == 2 and "mine.safetensors' has changed" in errors
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gone.safetensors", "gone.safetensors"),
+        ("gone.safetensors:0.5", "gone.safetensors"),
+        ("{lora}:nan", "strengths to be finite numbers"),
+        ("{lora}:much", "scene.safetensors:much"),
+        ("{other}", "it was made for another model"),
+    ],
+)
+def test_a_bad_lora_is_one_sentence(
+    run: Run, models: list, parts: Path, lora: Path, tmp_path: Path, name: str, words: str
+) -> None:
+    other = tmp_path / "other.safetensors"
+    save_file(lora_file({"down_blocks.9.attentions.0.to_q": (4, 4)}), other)
+    given = name.format(lora=lora, other=other)
+    out = tmp_path / "out"
+    code, _, errors = run("sample", "--parts", parts / "wing.png", "--ip-lora", given, "--out", out, *models)
+    assert code == 2 and words in errors and errors.count("\n") == 1
+    assert _names(out) == []
+
+
+def test_what_of_a_lora_is_not_applied_is_a_note(
+    run: Run, models: list, parts: Path, lora: Path, tmp_path: Path
+) -> None:
+    more = lora_file({"down_blocks.9.attentions.0.to_q": (4, 4)})
+    save_file({**load_file(lora), **more}, tmp_path / "more.safetensors")
+    code, _, errors = run(
+        "sample", "--parts", parts / "wing.png", "--count", 1, "--ip-lora", tmp_path / "more.safetensors",
+        "--out", tmp_path / "out", *models,
+    )  # fmt: skip
+    assert code == 0
+    assert errors.startswith("note: 1 of ") and "are not applied (down_blocks.9.attentions.0.to_q)" in errors
+
+
+def test_a_lora_is_inspected(run: Run, lora: Path, tmp_path: Path) -> None:
+    count = len(unet_shapes(tiny_stack.unet(), ip=True))
+    code, text, _ = run("lora", "inspect", lora, "--picture", tmp_path / "norms.png")
+    lines = text.splitlines()
+    assert code == 0
+    assert lines[0].startswith(f"'scene.safetensors': IP-LoRA, rank 4 ({count} layers), scale 1, ")
+    assert lines[1].startswith(f"{count} layers in ")
+    assert lines[2].split() == ["block", "layers", "norm", "self-attention", "text", "image"]
+    names, layers, norms = zip(*(line.split()[:3] for line in lines[3:-1]), strict=True)
+    assert names[0].startswith("down_blocks.1") and names[-1].startswith("up_blocks.1")
+    assert sum(map(int, layers)) == count and all(float(norm) > 0 for norm in norms)
+    assert _pixels(tmp_path / "norms.png").shape[1] == 720
+    code, _, errors = run("lora", "inspect", lora, "--picture", tmp_path / "norms.jpg")
+    assert code == 2 and "norms.png" in errors and _names(tmp_path) == ["norms.png"]
+
+
+@pytest.mark.parametrize(("layout", "key"), [("kohya", "kohya"), ("diffusers", "peft")])
+def test_a_lora_is_converted(run: Run, lora: Path, tmp_path: Path, layout: str, key: str) -> None:
+    target = tmp_path / "new.safetensors"
+    code, text, errors = run("lora", "convert", lora, target, "--layout", layout, "--dtype", "float16")
+    assert code == 0
+    assert text.startswith("scene.safetensors -> ") and "float16" in text
+    assert "layers belong to the IP-Adapter" in errors
+    before, after = load_file(lora), load_file(target)
+    for module in unet_shapes(tiny_stack.unet(), ip=True):
+        for part in ("down", "up"):
+            was = before[lora_key(module, part, "released")]
+            assert torch.equal(after[lora_key(module, part, key)], was.half())
+
+
+def test_what_is_no_lora_is_not_converted(run: Run, lora: Path, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    for source, target, words in [
+        (tmp_path / "a.safetensors", tmp_path / "new.safetensors", "is not a LoRA"),
+        (lora, lora, "is the file being converted"),
+        (lora, tmp_path / "new.bin", "name the file new.safetensors"),
+        (tmp_path / "gone.safetensors", tmp_path / "new.safetensors", "gone.safetensors"),
+    ]:
+        code, _, errors = run("lora", "convert", source, target)
+        assert code == 2 and words in errors
+    assert _names(tmp_path) == ["a.safetensors"]
 
 
 # arguments

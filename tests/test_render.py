@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_stack
 import torch
+from lora_files import lora_file, lora_key, unet_shapes
 from original_layout import original_layout
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from pit_core.download import RELEASES
 from pit_core.errors import PitError
 from pit_core.ip_adapter.processor import install_ip_adapter, installed_context, uninstall_ip_adapter
+from pit_core.lora.formats import lora_from_tensors
+from pit_core.lora.placing import Strengths
 from pit_core.render import (
     NEGATIVE,
     PROMPT,
@@ -22,6 +25,7 @@ from pit_core.render import (
     Renderer,
     RenderSettings,
     check_single_file,
+    for_ip_lora,
     layers_on_disk,
     load_renderer,
     load_single_file,
@@ -286,6 +290,70 @@ def test_an_adapter_of_another_family_is_refused_at_once(renderer: Renderer) -> 
     )
     with pytest.raises(PitError, match="its own family"):
         Renderer(tiny_stack.pipe(other), renderer.adapter, encode_prompt=tiny_stack.encode_prompt)
+
+
+# LoRAs
+
+
+def _weights(renderer: Renderer) -> dict[str, torch.Tensor]:
+    both = {**renderer.unet.state_dict(), **renderer.adapter.state_dict()}
+    return {name: tensor.clone() for name, tensor in both.items()}
+
+
+def test_a_lora_changes_unet_and_adapter_and_is_gone_afterwards(
+    renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor
+) -> None:
+    shapes = unet_shapes(renderer.unet, ip=True)
+    file = lora_file(shapes)
+    lora, before, adapter = lora_from_tensors(file, name="x"), _weights(renderer), renderer.adapter
+    (plain,) = renderer.render(tokens[:1], null, QUICK, seeds=[1])
+    with renderer.under_loras([(lora, Strengths(4.0, middle=0.0)), (lora, Strengths(4.0, middle=0.0))]):
+        inside = _weights(renderer)
+        (under,) = renderer.render(tokens[:1], null, QUICK, seeds=[1])
+    for name in (each for each in shapes if not each.endswith("_ip")):
+        down, up = (file[lora_key(name, part, "released")].double() for part in ("down", "up"))
+        strength = 0.0 if name.startswith("mid") else 8.0
+        expected = before[f"{name}.weight"].double() + strength * up @ down
+        assert (inside[f"{name}.weight"] - expected).abs().max() < 1e-5
+    changed = {name for name in before if not torch.equal(before[name], inside[name])}
+    assert len(changed) == len(shapes) - sum("mid_block" in each and "_ip" not in each for each in shapes)
+    assert _difference(under, plain) > 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in _weights(renderer).items())
+    assert renderer.adapter is adapter
+    assert _difference(renderer.render(tokens[:1], null, QUICK, seeds=[1])[0], plain) == 0
+
+
+def test_a_run_that_fails_under_a_lora_gives_everything_back(renderer: Renderer) -> None:
+    lora = lora_from_tensors(lora_file(unet_shapes(renderer.unet, ip=True)))
+    before, adapter = _weights(renderer), renderer.adapter
+    with pytest.raises(KeyboardInterrupt), renderer.under_loras([(lora, Strengths())]):
+        raise KeyboardInterrupt
+    assert all(torch.equal(tensor, before[name]) for name, tensor in _weights(renderer).items())
+    assert renderer.adapter is adapter
+
+
+def test_a_lora_of_another_model_changes_nothing(renderer: Renderer) -> None:
+    before = _weights(renderer)
+    fits = lora_from_tensors(lora_file(unet_shapes(renderer.unet)))
+    strange = lora_from_tensors(lora_file({"mid_block.attentions.7.to_q": (4, 4)}), name="x")
+    with (
+        pytest.raises(PitError, match=r"'x' changes 1 layers, but 1 of them .*mid_block.attentions.7"),
+        renderer.under_loras([(fits, Strengths()), (strange, Strengths())]),
+    ):
+        pass
+    assert all(torch.equal(tensor, before[name]) for name, tensor in _weights(renderer).items())
+
+
+def test_settings_for_an_ip_lora(renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor) -> None:
+    """No text in the unconditional half, not even an empty one, and the image tokens in both."""
+    settings = for_ip_lora(QUICK)
+    text = renderer._text(settings)
+    assert not text["negative_prompt_embeds"].any() and not text["negative_pooled_prompt_embeds"].any()
+    assert text["prompt_embeds"].any()
+    (one,) = renderer.render(tokens[:1], null, settings, seeds=[1])
+    (same,) = renderer.render(tokens[:1], None, QUICK, negative=None, seeds=[1])
+    (other,) = renderer.render(tokens[:1], null, QUICK, negative=None, seeds=[1])
+    assert _difference(one, same) == 0 and _difference(one, other) > 0
 
 
 # folders and single files

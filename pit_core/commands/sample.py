@@ -30,7 +30,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..concepts import Stack
-    from ..sample import Model, Output, Settings
+    from ..sample import LoraFile, Model, Output, Settings
 
 Paths = list[Path]
 
@@ -99,6 +99,13 @@ def sample(
     weight: Annotated[
         float | None, typer.Option(help="Of the concept's tokens; 1.", show_default=False)
     ] = None,
+    ip_lora: Annotated[
+        list[str],
+        typer.Option(
+            help="An IP-LoRA, which makes the prompt heard: FILE or FILE:strength; again for another one.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006
     prompt: Annotated[str | None, typer.Option(help="Text beside the parts.", show_default=False)] = None,
     negative: Annotated[
         str | None, typer.Option(help="What the picture should not be.", show_default=False)
@@ -141,10 +148,12 @@ def sample(
     }
     run.check_render(changes)
     run.read_jobs(request.jobs(_most_parts(named)))
+    loras = [run.lora_file(each) for each in ip_lora]
     stack = load_model(named)
     jobs = request.jobs(stack.prior_info.max_crops)
-    settings = run.Settings(prior_settings, run.changed(stack.defaults, changes), as_sketch)
-    _tell(_run(stack, jobs, settings, folder, named))
+    defaults = run.lora_defaults(stack.defaults, loras)
+    settings = run.Settings(prior_settings, run.changed(defaults, changes), as_sketch)
+    _tell(_run(stack, jobs, settings, folder, named, loras))
 
 
 @plain_errors
@@ -183,7 +192,7 @@ def _repeat(record: Path, out: Path, device: str) -> Output:
         typer.echo(f"note: {found.note}", err=True)
     stack = load_model(model)
     run.check_same_weights(stack, found.hashes)
-    return _run(stack, found.jobs, found.settings, folder, model)
+    return _run(stack, found.jobs, found.settings, folder, model, found.loras)
 
 
 def _refuse_all_but(context: typer.Context, allowed: Sequence[str]) -> None:
@@ -197,14 +206,28 @@ def _refuse_all_but(context: typer.Context, allowed: Sequence[str]) -> None:
             )
 
 
-def _run(stack: Stack, jobs: Sequence[Any], settings: Settings, folder: Any, model: Model) -> Output:
+def _run(
+    stack: Stack,
+    jobs: Sequence[Any],
+    settings: Settings,
+    folder: Any,
+    model: Model,
+    loras: Sequence[LoraFile] = (),
+) -> Output:
     from .. import sample as run
 
-    for note in run.notes(stack, jobs, settings):
+    for note in run.notes(stack, jobs, settings, loras):
         typer.echo(f"note: {note}", err=True)
     with progress_bars() as stage:
         return run.run(
-            stack, jobs, settings, folder, model=model, command=["pit", *sys.argv[1:]], stage=stage
+            stack,
+            jobs,
+            settings,
+            folder,
+            model=model,
+            loras=loras,
+            command=["pit", *sys.argv[1:]],
+            stage=stage,
         )
 
 

@@ -123,10 +123,7 @@ def match_report(state_dict: Source, module_names: Iterable[str]) -> MatchReport
     match only when their names are given too. Raises PitError for a file that is not a LoRA.
     """
     lora = as_lora(state_dict)
-    places: dict[str, str] = {}
-    for name in module_names:
-        places.setdefault(kohya_name(module_name(name.removesuffix(".weight"))), name)
-    found = {module: places.get(kohya_name(module)) for module in lora.layers}
+    found = _places(lora, module_names)
     return MatchReport(
         matched=tuple(name for name in found.values() if name is not None),
         unmatched=tuple(module for module, name in found.items() if name is None),
@@ -142,18 +139,29 @@ def check_fits(source: Source, shapes: Mapping[str, Iterable[int]]) -> dict[str,
     layer whose shape differs.
     """
     lora = as_lora(source)
-    report = match_report(lora, shapes)
-    if report.unmatched:
-        raise PitError(_unmatched_message(lora, report))
-    by_name = dict(zip(report.matched, lora.layers.values(), strict=True))
-    for name, layer in by_name.items():
+    found, unmatched = matched_layers(lora, shapes)
+    if unmatched:
+        raise PitError(unmatched_message(lora, tuple(found), unmatched))
+    check_shapes(lora, found, shapes)
+    return found
+
+
+def matched_layers(lora: Lora, names: Iterable[str]) -> tuple[dict[str, LoraLayer], tuple[str, ...]]:
+    """The layers by the model's own names, and those without a place by ours."""
+    places = _places(lora, names)
+    found = {name: lora.layers[module] for module, name in places.items() if name is not None}
+    return found, tuple(module for module, name in places.items() if name is None)
+
+
+def check_shapes(lora: Lora, found: Mapping[str, LoraLayer], shapes: Mapping[str, Iterable[int]]) -> None:
+    """Raise PitError for the first layer whose weight has another shape in the model."""
+    for name, layer in found.items():
         shape = tuple(shapes[name])
         if not fits(layer, shape):
             raise PitError(
                 f"{lora.name} changes '{layer.module[:120]}' as a weight of shape {layer.shape}, but the "
                 f"model's is {shape}; it was made for another model."
             )
-    return by_name
 
 
 def patched_weights(
@@ -168,21 +176,29 @@ def patched_weights(
     return {name: patched_weight(weights[name], layer, strength) for name, layer in layers.items()}
 
 
-def _scaled(layer: LoraLayer) -> Tensor:
-    return (layer.up.float() * layer.scale).to(layer.up.dtype)
-
-
-def _unmatched_message(lora: Lora, report: MatchReport) -> str:
-    total = len(report.matched) + len(report.unmatched)
-    shown = ", ".join(module[:120] for module in report.unmatched[:3])
-    more = f" and {len(report.unmatched) - 3} more" if len(report.unmatched) > 3 else ""
-    if all(is_ip_layer(module) for module in report.unmatched):
+def unmatched_message(lora: Lora, matched: tuple[str, ...], unmatched: tuple[str, ...]) -> str:
+    """One sentence on layers that have no place: how many, which, and what the reason may be."""
+    shown = ", ".join(module[:120] for module in unmatched[:3])
+    more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
+    if all(is_ip_layer(module) for module in unmatched):
         advice = "these belong to an IP-Adapter, so apply them to one"
-    elif report.matched:
+    elif matched:
         advice = "it was made for another model, or for more than this one"
     else:
         advice = "it was made for another model, such as SD1.5 instead of SDXL"
     return (
-        f"{lora.name} changes {total} layers, but {len(report.unmatched)} of them are not in the model "
-        f"({shown}{more}); {advice}."
+        f"{lora.name} changes {len(matched) + len(unmatched)} layers, but {len(unmatched)} of them are not "
+        f"in the model ({shown}{more}); {advice}."
     )
+
+
+def _places(lora: Lora, module_names: Iterable[str]) -> dict[str, str | None]:
+    """Our name of each layer -> the model's, None where it has no such module."""
+    places: dict[str, str] = {}
+    for name in module_names:
+        places.setdefault(kohya_name(module_name(name.removesuffix(".weight"))), name)
+    return {module: places.get(kohya_name(module)) for module in lora.layers}
+
+
+def _scaled(layer: LoraLayer) -> Tensor:
+    return (layer.up.float() * layer.scale).to(layer.up.dtype)

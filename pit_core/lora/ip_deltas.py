@@ -13,7 +13,7 @@ import torch
 
 from ..errors import PitError
 from ..files import hash_tensors
-from ..ip_adapter.adapter import IPAdapter
+from ..ip_adapter.adapter import IPAdapter, IPLayers
 from .formats import Source, to_kohya
 from .model import Lora, LoraLayer, check_strength, fits, patched_weight
 from .reading import as_lora
@@ -37,12 +37,18 @@ def apply_ip_deltas(adapter: IPAdapter, source: Source, strength: float = 1.0) -
         for key, layer in changes.items():
             weight = layers.get_parameter(key.removeprefix("ip_adapter."))
             weight.copy_(patched_weight(weight, layer, strength))
+    return with_layers(adapter, layers, lora, strength)
+
+
+def with_layers(adapter: IPAdapter, layers: IPLayers, lora: Lora, strength: float) -> IPAdapter:
+    """The adapter with other layers, or the same ones where a host patches them, as a LoRA has changed them:
+    named so, and with a content hash of its own."""
     digest = hash_tensors(to_kohya(lora.split()[1]))
     made = f"{adapter.content_hash}|{digest}|{strength!r}".encode()
-    patched = IPAdapter(
+    changed = IPAdapter(
         adapter.projector, layers, f"{adapter.name} with {lora.name}", hashlib.sha256(made).hexdigest()
     )
-    return patched.train(adapter.training)
+    return changed.train(adapter.training)
 
 
 def ip_layers(adapter: IPAdapter, source: Source) -> dict[str, LoraLayer]:

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,16 @@ def sdxl_shapes(shrink: int = 1, ip: bool = False) -> dict[str, tuple[int, int]]
             if ip and row["ip_adapter_key"]:
                 names |= {"to_k_ip": context, "to_v_ip": context}
             shapes |= {f"{row['module']}.{name}": (inner, width) for name, width in names.items()}
+    return shapes
+
+
+def unet_shapes(unet: Any, ip: bool = False) -> dict[str, tuple[int, int]]:
+    """As sdxl_shapes, for any UNet of diffusers."""
+    ends = (".to_q", ".to_k", ".to_v", ".to_out.0")
+    shapes = {name: tuple(each.weight.shape) for name, each in unet.named_modules() if name.endswith(ends)}
+    if ip:
+        ends = (".attn2.to_k", ".attn2.to_v")
+        shapes |= {f"{name}_ip": shape for name, shape in shapes.items() if name.endswith(ends)}
     return shapes
 
 
