@@ -109,6 +109,7 @@ class Application:
 
     key: what orders applications in a layer, so that the order of the nodes leaves every bit as it is.
     span: (first, last), from 0 to 1 of a run, between which they count. mask: (1 or pictures, H, W) in 0-1.
+    source: what keys and values were made of: the adapter's content hash, the tokens of both halves.
     """
 
     key: str
@@ -118,6 +119,7 @@ class Application:
     scaling: str = "V only"
     span: Span = ALWAYS
     mask: Tensor | None = None
+    source: tuple[str, Tensor, Tensor] | None = None
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
     _warned: list[bool] = field(default_factory=list, repr=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 import weakref
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.clip_vision
+import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -36,6 +38,11 @@ from ..pit_core.ip_adapter.weights import LayerWeight
 from ..pit_core.ip_prior.checkpoint import load_prior
 from ..pit_core.ip_prior.info import PriorInfo
 from ..pit_core.ip_prior.model import IPPrior
+from ..pit_core.lora.formats import to_kohya
+from ..pit_core.lora.ip_deltas import with_layers
+from ..pit_core.lora.keys import kohya_name
+from ..pit_core.lora.model import Lora, LoraLayer
+from ..pit_core.lora.placing import Placed, Strengths
 from .attention import (
     COND,
     HALVES,
@@ -166,6 +173,13 @@ class Managed:
         if len(others) < len(loaded):
             comfy.model_management.free_memory(EVERYTHING, self.patcher.load_device, others)
 
+    def patched(self, changes: Mapping[str, LoraLayer], strength: float) -> Managed:
+        """The same module under a LoRA; the host puts the changes in and out as it loads either."""
+        other = copy.copy(self)
+        other.patcher = self.patcher.clone()
+        _add_patches(other.patcher, changes, strength)
+        return other
+
 
 class ManagedAdapter:
     """An IP-Adapter. Its projection and its layers are separate models: neither is needed with the other."""
@@ -178,6 +192,15 @@ class ManagedAdapter:
 
     def __str__(self) -> str:
         return self.adapter.name
+
+    def patched(self, placed: Placed, strength: float) -> ManagedAdapter:
+        """This adapter with a LoRA's changes in its layers, whose weights the two share."""
+        other = copy.copy(self)
+        other.adapter = with_layers(self.adapter, self.adapter.layers, placed.lora, strength)
+        changes = {key.removeprefix("ip_adapter."): layer for key, layer in placed.adapter.items()}
+        other.layers = self.layers.patched(changes, strength)
+        other._kept = OrderedDict()
+        return other
 
     @torch.no_grad()
     def keys_values(self, key: str, tokens: Tensor, dtype: torch.dtype) -> KeysValues:
@@ -257,11 +280,15 @@ class HostEncoder:
 
 def layers_of_model(model: Any) -> list[AttentionLayer]:
     """The text cross-attention layers of a MODEL. Raises PitError for a model that has none."""
+    shapes = {name: tuple(p.shape) for name, p in _network(model).named_parameters()}
+    return layers_of_ldm_shapes(shapes)
+
+
+def _network(model: Any) -> torch.nn.Module:
     network = getattr(getattr(model, "model", None), "diffusion_model", None)
     if network is None:
         raise PitError(f"model is {type(model).__name__}, no diffusion model; connect a MODEL output.")
-    shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
-    return layers_of_ldm_shapes(shapes)
+    return network
 
 
 def check_model(model: Any, adapter: ManagedAdapter) -> list[AttentionLayer]:
@@ -303,7 +330,8 @@ def _application(
     cond, other = (adapter.keys_values(k, t, dtype) for k, t in zip(keys, (tokens, uncond), strict=True))
     rest = {**options, "mask": None if mask is None else hash_tensors({"mask": mask})}
     key = "|".join([*keys, repr(sorted(weights.items())), repr(sorted(rest.items()))])
-    return Application(key, cond, other, weights, mask=mask, **options)
+    source = (adapter.adapter.content_hash, tokens, uncond)
+    return Application(key, cond, other, weights, mask=mask, source=source, **options)
 
 
 def _token_key(adapter: ManagedAdapter, tokens: Tensor) -> str:
@@ -336,6 +364,36 @@ def applications_of(model: Any) -> Iterator[Application]:
     for patch in _replacements(model).values():
         if isinstance(patch, StackedAttention):
             yield from patch.applications
+
+
+def with_adapter(model: Any, old: ManagedAdapter, new: ManagedAdapter) -> Any:
+    """A clone of the model on which the tokens that were applied through one adapter go through the other."""
+    patched = model.clone()
+    made: dict[Application, Application] = {}
+    for place, patch in _replacements(model).items():
+        if not isinstance(patch, StackedAttention):
+            continue
+        applications = [_through(model, each, old, new, made) for each in patch.applications]
+        again = StackedAttention(patch.n, applications, patch.attention, patch.before)
+        patched.set_model_attn2_replace(again, *place)
+    return patched
+
+
+def _through(
+    model: Any,
+    application: Application,
+    old: ManagedAdapter,
+    new: ManagedAdapter,
+    made: dict[Application, Application],
+) -> Application:
+    if application.source is None or application.source[0] != old.adapter.content_hash:
+        return application
+    if application not in made:
+        _, tokens, uncond = application.source
+        options = {"scaling": application.scaling, "span": application.span}
+        pieces = [(tokens, uncond, application.mask)]
+        made[application] = make_applications(model, new, pieces, application.weights, **options)[0]
+    return made[application]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
@@ -414,6 +472,47 @@ def _window(window: Any, x: Tensor) -> tuple[tuple[int, ...], tuple[int, tuple[i
 def _within(area: Sequence[int], latent: Sequence[int]) -> Area:
     height, width, top, left = (int(value) for value in area)
     return min(height, latent[0] - top), min(width, latent[1] - left), top, left
+
+
+# LoRAs
+
+
+def lora_keys(model: Any) -> dict[str, str]:
+    """The weights of a MODEL that a LoRA can change: their names in kohya's layout -> the host's.
+
+    Raises PitError for what is no model.
+    """
+    _network(model)
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    return {name: key for name, key in names.items() if name.startswith("lora_unet_") and type(key) is str}
+
+
+def shapes_of(model: Any, keys: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a MODEL's weights under the names of `lora_keys`."""
+    weights = model.model.state_dict()
+    return {name: tuple(weights[key].shape) for name, key in keys.items() if key in weights}
+
+
+def add_lora(model: Any, placed: Placed, keys: Mapping[str, str], strengths: Strengths) -> Any:
+    """A clone of the model under a LoRA, beside whatever other LoRAs and patches there are."""
+    patched = model.clone()
+    for strength, layers in placed.by_strength(strengths).items():
+        _add_patches(patched, {keys[name]: layer for name, layer in layers.items()}, strength)
+    return patched
+
+
+def _add_patches(patcher: Any, changes: Mapping[str, LoraLayer], strength: float) -> None:
+    """Weight's key -> what changes it, in the host's own form of it; every one has to be taken."""
+    if not changes:
+        return
+    lora = Lora({layer.module: layer for layer in changes.values()})
+    names = {kohya_name(layer.module): key for key, layer in changes.items()}
+    taken = patcher.add_patches(comfy.lora.load_lora(to_kohya(lora), names), strength)
+    if missing := set(changes) - set(taken):
+        raise PitError(
+            f"This ComfyUI takes only {len(taken)} of {len(changes)} changes of weights (not "
+            f"{min(missing)}); update the pack."
+        )
 
 
 # small models out of the host's own classes

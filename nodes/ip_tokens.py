@@ -133,7 +133,7 @@ class PiTEncodeImage(io.ComfyNode):
         chunk: int = 8,
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
-        encoding = Encoding(clip_vision, _adapter(ip_adapter))
+        encoding = Encoding(clip_vision, checked_adapter(ip_adapter))
         pictures = to_pictures(image, "image", to_mask(mask))
         tokens = encoding.pictures(pictures, fit, chunk)
         return io.NodeOutput(_tokens(encoding, tokens, None if null == "as trained" else null))
@@ -188,7 +188,7 @@ class PiTEncodeParts(io.ComfyNode):
         as_sketch: bool = False,
         reference: Tensor | None = None,
     ) -> io.NodeOutput:
-        encoding = Encoding(clip_vision, _adapter(ip_adapter))
+        encoding = Encoding(clip_vision, checked_adapter(ip_adapter))
         given = {name: to_pictures(batch, name) for name, batch in (parts or {}).items() if batch is not None}
         if not given:
             raise PitError("parts is empty; connect at least one picture of a part.")
@@ -228,7 +228,7 @@ class PiTTokensFromEmbeds(io.ComfyNode):
     def execute(
         cls, ip_adapter: host.ManagedAdapter, pos_embed: Tensor, neg_embed: Tensor | None = None
     ) -> io.NodeOutput:
-        adapter = _adapter(ip_adapter).adapter
+        adapter = checked_adapter(ip_adapter).adapter
         tokens = _projected(ip_adapter, pos_embed, "pos_embed")
         null = None if neg_embed is None else _projected(ip_adapter, neg_embed, "neg_embed")[:1]
         return io.NodeOutput(IPTokens(tokens, adapter.num_tokens, null=null, adapter=adapter.content_hash))
@@ -350,7 +350,7 @@ class PiTApplyTokens(io.ComfyNode):
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
         with naming("model"):
-            layers = host.check_model(model, _adapter(ip_adapter))
+            layers = host.check_model(model, checked_adapter(ip_adapter))
         check_tokens_fit(_ip_tokens(tokens, "tokens"), ip_adapter.adapter)
         if negative_tokens is not None:
             check_tokens_fit(
@@ -431,7 +431,8 @@ def _projected(managed: host.ManagedAdapter, embeds: Any, name: str) -> Tensor:
         return tokens_from_features(managed.adapter, embeds.float()).cpu()
 
 
-def _adapter(value: Any) -> host.ManagedAdapter:
+def checked_adapter(value: Any) -> host.ManagedAdapter:
+    """What is connected to `ip_adapter`. Raises PitError for anything else."""
     if not isinstance(value, host.ManagedAdapter):
         raise PitError(
             f"ip_adapter is {type(value).__name__}; connect 'Load IP-Adapter (Piece it Together)'."

@@ -1,6 +1,7 @@
 """All nodes of the pack; a class's name is its node's id."""
 
 from . import host
+from .ip_lora import PiTIPLoRA
 from .ip_prior import PiTLoadPrior, PiTSamplePrior
 from .ip_tokens import PiTApplyTokens, PiTEncodeImage, PiTEncodeParts, PiTLoadIPAdapter, PiTTokensFromEmbeds
 from .miniature import PiTMiniatureSDXL
@@ -20,5 +21,6 @@ NODES = (
     PiTLoadTokens,
     PiTLoadPrior,
     PiTSamplePrior,
+    PiTIPLoRA,
     PiTMiniatureSDXL,
 )

@@ -116,6 +116,9 @@ IO = SimpleNamespace(
 
 # model patching
 
+Lora = tuple[Tensor, Tensor, float]
+"""(up, down, alpha)."""
+
 
 class ModelPatcher:
     def __init__(self, model: Any, load_device: Any = "cpu", offload_device: Any = "cpu") -> None:
@@ -124,13 +127,37 @@ class ModelPatcher:
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.wrappers: dict[str, dict[str, list[Any]]] = {}
         self.callbacks: dict[str, dict[str, list[Any]]] = {}
+        self.patches: dict[str, list[tuple[float, Lora]]] = {}
 
     def clone(self) -> ModelPatcher:
         other = ModelPatcher(self.model, self.load_device, self.offload_device)
         other.model_options = copy.deepcopy(self.model_options)  # as the oldest supported version does
         other.wrappers = {kind: {k: [*v] for k, v in by.items()} for kind, by in self.wrappers.items()}
         other.callbacks = {kind: {k: [*v] for k, v in by.items()} for kind, by in self.callbacks.items()}
+        other.patches = {key: [*changes] for key, changes in self.patches.items()}
         return other
+
+    def add_patches(self, patches: dict[str, Lora], strength: float = 1.0) -> list[str]:
+        found = [key for key in patches if key in self.model.state_dict()]
+        for key in found:
+            self.patches.setdefault(key, []).append((strength, patches[key]))
+        return found
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def load(self) -> None:
+        """The weights under the patches, and those of other clones without: all share one model."""
+        self.unload()
+        self.model.unpatched = {key: self.model.get_parameter(key) for key in self.patches}
+        for key, weight in self.model.unpatched.items():
+            deltas = [s * alpha / len(down) * up @ down for s, (up, down, alpha) in self.patches[key]]
+            changed = (weight.float() + sum(deltas)).to(weight.dtype)
+            _put(self.model, key, nn.Parameter(changed, requires_grad=False))
+
+    def unload(self) -> None:
+        for key, weight in getattr(self.model, "unpatched", {}).items():
+            _put(self.model, key, weight)
+        self.model.unpatched = {}
 
     def model_dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
@@ -153,6 +180,11 @@ class ModelPatcher:
 
     def all_of(self, table: dict[str, dict[str, list[Any]]], kind: str) -> list[Any]:
         return [each for group in table.get(kind, {}).values() for each in group]
+
+
+def _put(model: nn.Module, key: str, weight: nn.Parameter) -> None:
+    place, _, name = key.rpartition(".")
+    setattr(model.get_submodule(place), name, weight)
 
 
 def percent_to_sigma(percent: float) -> float:
@@ -248,6 +280,42 @@ class Model(nn.Module):
         self.model_sampling = SimpleNamespace(percent_to_sigma=percent_to_sigma)
 
 
+DIFFUSERS = {
+    **{
+        ("input", n): f"down_blocks.{i}.attentions.{j}"
+        for n, i, j in ((4, 1, 0), (5, 1, 1), (7, 2, 0), (8, 2, 1))
+    },
+    ("middle", 0): "mid_block.attentions.0",
+    **{("output", n): f"up_blocks.{n // 3}.attentions.{n % 3}" for n in range(6)},
+}
+"""(block, number) -> diffusers' name of the transformer."""
+
+
+def model_lora_keys_unet(model: Any, key_map: dict[str, str]) -> dict[str, str]:
+    keys = [key for key in model.state_dict() if key.endswith(".weight")]
+    for key in keys:
+        name = key.removeprefix("diffusion_model.").removesuffix(".weight")
+        key_map[f"lora_unet_{name.replace('.', '_')}"] = key
+        key_map[key.removesuffix(".weight")] = key
+        for (block, number), ours in DIFFUSERS.items():
+            theirs = "middle_block.1" if block == "middle" else f"{block}_blocks.{number}.1"
+            if name.startswith(f"{theirs}."):
+                key_map[f"lora_unet_{(ours + name.removeprefix(theirs)).replace('.', '_')}"] = key
+    return key_map
+
+
+def load_lora(lora: dict[str, Tensor], to_load: dict[str, str]) -> dict[str, Lora]:
+    return {
+        key: (
+            lora[f"{name}.lora_up.weight"],
+            lora[f"{name}.lora_down.weight"],
+            float(lora[f"{name}.alpha"]),
+        )
+        for name, key in to_load.items()
+        if f"{name}.lora_up.weight" in lora
+    }
+
+
 @torch.no_grad()
 def sample(
     patcher: ModelPatcher, noise: Tensor, groups: list[list[dict[str, Any]]], steps: int, cfg: float
@@ -255,6 +323,7 @@ def sample(
     """Euler steps with guidance; groups: [positive, negative], entries with context, area and strength."""
     x = noise
     entries = [[{**e, "uuid": uuid.uuid4()} for e in group] for group in groups]
+    patcher.load()
     try:
         for i in range(steps):
             sigma = torch.full((1,), 14.0 * (1 - i / steps))
@@ -264,6 +333,7 @@ def sample(
             v = cond if cfg == 1 else uncond + cfg * (cond - uncond)
             x = x - v / steps
     finally:
+        patcher.unload()
         for callback in patcher.all_of(patcher.callbacks, "on_cleanup"):
             callback(patcher)
     return x
@@ -363,10 +433,11 @@ def install(folder: Path) -> tuple[State, list[str]]:
     modules = {
         "comfy": {},
         "comfy.clip_vision": {},
+        "comfy.lora": {"model_lora_keys_unet": model_lora_keys_unet, "load_lora": load_lora},
         "comfy.model_management": {
             "get_torch_device": lambda: torch.device("cpu"),
             "unet_offload_device": lambda: torch.device("cpu"),
-            "load_model_gpu": lambda patcher: None,
+            "load_model_gpu": lambda patcher: patcher.load(),
             "current_loaded_models": [],
             "throw_exception_if_processing_interrupted": stop_if_asked,
         },
@@ -403,7 +474,9 @@ def install(folder: Path) -> tuple[State, list[str]]:
 
 
 def _folder_paths(folder: Path) -> dict[str, Any]:
-    known: dict[str, tuple[list[str], set[str]]] = {}
+    known: dict[str, tuple[list[str], set[str]]] = {
+        "loras": ([str(folder / "models" / "loras")], {".safetensors", ".bin", ".pt"})
+    }
 
     def add(name: str, path: str, is_default: bool = False) -> None:
         paths, _ = known.setdefault(name, ([], set()))

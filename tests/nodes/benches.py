@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 import zlib
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PACK = "custom_nodes.piece-it-together"
 CONTEXT, TOKENS, POOLED = 32, 4, 16
 VISION, PROJECTION, PIXELS = 32, 20, 32
+
+FOLDERS = ("models/ipadapter", "models/ip_prior", "models/loras", "output/ip_tokens")
 
 UNET = {
     "in_channels": 4,
@@ -55,7 +58,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("models/ipadapter", "models/ip_prior", "output/ip_tokens"):
+        for name in FOLDERS:
             (folder / name).mkdir(parents=True, exist_ok=True)
         self.pack = load_pack()
         self.host = self.part("nodes.host")
@@ -107,6 +110,39 @@ class Bench:
         )
         return name
 
+    def lora_file(
+        self,
+        name: str = "tiny.safetensors",
+        *,
+        layout: str = "released",
+        ip: bool = False,
+        seed: int = 0,
+        **more: tuple[int, int],
+    ) -> str:
+        """A random LoRA of rank 4 over q, k and v of every text cross-attention of `model()`.
+
+        ip: also over the layers of `adapter()`. more: further modules and the shapes of their weights.
+        """
+        path = self.folder / "models/loras" / name
+        file = lora_tensors({**self.lora_shapes(ip), **more}, layout, seed)
+        self.part("pit_core.files").save_tensors(path, file, {})
+        return name
+
+    def lora_shapes(self, ip: bool = False) -> dict[str, tuple[int, int]]:
+        """diffusers' name of a module -> shape of its weight."""
+        shapes: dict[str, tuple[int, int]] = {}
+        for layer in self._layers:
+            block, number, index = layer.comfy_block
+            attention = f"{host_double.DIFFUSERS[block, number]}.transformer_blocks.{index}.attn2"
+            shapes[f"{attention}.to_q"] = (layer.width, layer.width)
+            for part in ("to_k", "to_v", *(("to_k_ip", "to_v_ip") if ip else ())):
+                shapes[f"{attention}.{part}"] = (layer.width, layer.context)
+        return shapes
+
+    @cached_property
+    def _layers(self) -> list[Any]:
+        return self.host.layers_of_model(self.model())
+
     def tokens(self, seed: int = 0, rows: int = 1, count: int = TOKENS, **extras: Any) -> Any:
         """Random IP tokens with a null and a white."""
         generator = torch.Generator().manual_seed(seed)
@@ -125,6 +161,22 @@ class Bench:
 
     def sample(self, model: Any, **options: Any) -> Tensor:
         raise NotImplementedError
+
+    def loaded(self, model: Any) -> dict[str, Tensor]:
+        """A MODEL's weights as they are while it runs."""
+        raise NotImplementedError
+
+
+def lora_tensors(shapes: dict[str, tuple[int, int]], layout: str, seed: int = 0) -> dict[str, Tensor]:
+    """A LoRA's content; the factors of the same seed are the same in every layout."""
+    from lora_files import lora_key
+
+    made = {}
+    for module, (out, width) in shapes.items():
+        salt = zlib.crc32(module.encode()) + seed
+        made[lora_key(module, "down", layout)] = randn((4, width), salt) / 2
+        made[lora_key(module, "up", layout)] = randn((out, 4), salt + 1) / width**0.5
+    return made
 
 
 def conditions(groups: list[list[tuple[int, Any]]] | None) -> list[list[tuple[Tensor, Any]]]:
@@ -195,6 +247,12 @@ class DoubleBench(Bench):
         named = [[{"context": c, "area": a} for c, a in group] for group in conditions(groups)]
         return host_double.sample(model, noise, named, steps, cfg)
 
+    def loaded(self, model: Any) -> dict[str, Tensor]:
+        model.load()
+        weights = {name: value.clone() for name, value in model.model.state_dict().items()}
+        model.unload()
+        return weights
+
 
 class RealBench(Bench):
     """ComfyUI itself, in this process and on the CPU."""
@@ -212,6 +270,8 @@ class RealBench(Bench):
         folder_paths.models_dir = str(folder / "models")
         folder_paths.set_output_directory(str(folder / "output"))
         folder_paths.set_temp_directory(str(folder / "temp"))
+        known = folder_paths.folder_names_and_paths
+        known["loras"] = ([str(folder / "models/loras")], known["loras"][1])
         super().__init__(folder)
 
     def model(self, salt: str = "", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -273,6 +333,12 @@ class RealBench(Bench):
                 seed=0,
                 **options,
             )
+
+    def loaded(self, model: Any) -> dict[str, Tensor]:
+        import comfy.model_management
+
+        comfy.model_management.load_model_gpu(model)
+        return {name: value.clone() for name, value in model.model.state_dict().items()}
 
     def conds(self, groups: list[list[tuple[int, Any]]] | None = None, **extras: Any) -> list[Any]:
         """[positive, negative] as the host has them; extras go into every condition."""

@@ -64,6 +64,6 @@ def real(bench: benches.Bench) -> benches.RealBench:
 @pytest.fixture(autouse=True)
 def clean_folders(bench: benches.Bench) -> Iterator[None]:
     yield
-    for name in ("models/ipadapter", "models/ip_prior", "output/ip_tokens"):
+    for name in benches.FOLDERS:
         shutil.rmtree(bench.folder / name, ignore_errors=True)
         (bench.folder / name).mkdir(parents=True)

@@ -20,6 +20,7 @@ IDS = [
     "PiTLoadTokens",
     "PiTLoadPrior",
     "PiTSamplePrior",
+    "PiTIPLoRA",
     "PiTMiniatureSDXL",
 ]
 

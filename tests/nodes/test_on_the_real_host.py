@@ -63,5 +63,5 @@ print(json.dumps({
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)  # noqa: T201
-    assert found["nodes"] == 12 and found["heavy"] == [] and found["seen"]
+    assert found["nodes"] == 20 and found["heavy"] == [] and found["seen"]
     assert found["seconds"] <= 0.15
