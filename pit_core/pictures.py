@@ -200,18 +200,22 @@ class SheetRow:
     title: str = ""
 
 
-def contact_sheet(rows: Sequence[SheetRow], *, cell: int | None = None) -> Image.Image:
+def contact_sheet(
+    rows: Sequence[SheetRow], *, cell: int | None = None, columns: int | None = None
+) -> Image.Image:
     """All rows on one white sheet, RGB: parts on the left, concepts on the right, captions below each.
 
     Cells are equal squares of `cell` pixels (by default the largest picture's side, between 192 and 256),
-    pictures keep their shape. Raises PitError for a sheet without pictures.
+    pictures keep their shape. columns: how many concepts side by side at most; 8 by default, 4 of a single
+    row. Raises PitError for a sheet without pictures.
     """
     tiles = [tile for row in rows for tile in (*row.parts, *row.concepts)]
     if not tiles:
         raise PitError("A contact sheet needs at least one picture.")
     cell = cell or min(256, max(192, max(max(tile.image.size) for tile in tiles)))
     parts = min(3, max(len(row.parts) for row in rows))
-    concepts = min(4 if len(rows) == 1 else 8, max(len(row.concepts) for row in rows))
+    columns = columns or (4 if len(rows) == 1 else 8)
+    concepts = min(columns, max(len(row.concepts) for row in rows))
     layout = _Layout(cell, parts, concepts)
     sheet = Image.new("RGB", (layout.width, layout.height(rows)), PAPER)
     pen = ImageDraw.Draw(sheet)
