@@ -212,6 +212,25 @@ def test_crops_are_livelier_than_chance(concepts: PictureSet) -> None:
     assert crops.flatten(1).std(1).mean() > 1.05 * chance.flatten(1).std(1).mean()
 
 
+def test_moved_pictures_are_the_same_a_few_pixels_away_or_mirrored(world: PictureSet) -> None:
+    moved = Pictures([world], moved=True)
+    picture = to_pixels(world.pixels[3:4])[0]
+    middle = picture[:, 5:-5, 5:-5]
+    mirrored = set()
+    for epoch in range(12):
+        batch = moved.fetch([(epoch, 3)])
+        assert (batch["pixels"] == moved.fetch([(epoch, 3)])["pixels"]).all()
+        assert (batch["labels"] == torch.from_numpy(world.labels[3])).all()
+        windows = batch["pixels"][0].unfold(1, 118, 1).unfold(2, 118, 1)  # (3, 11, 11, 118, 118)
+        found = [
+            bool((windows == shown[:, None, None]).all(dim=(0, 3, 4)).any())
+            for shown in (middle, middle.flip(-1))
+        ]
+        assert any(found)
+        mirrored.add(found[1] and not found[0])
+    assert mirrored == {False, True}
+
+
 def test_captions_belong_to_their_pictures_and_vary_with_the_epoch(
     world: PictureSet, concepts: PictureSet
 ) -> None:

@@ -32,15 +32,19 @@ def to_pixels(images: np.ndarray) -> Tensor:
 
 
 class Pictures:
-    """Batches of pictures with labels, whole or as lively square crops.
+    """Batches of pictures with labels: whole, as lively square crops, or moved a little.
 
     ``rows`` picks some of the sets' pictures, counted over all sets in order.
     """
 
     def __init__(
-        self, sets: Sequence[PictureSet], crop: int | None = None, rows: np.ndarray | None = None
+        self,
+        sets: Sequence[PictureSet],
+        crop: int | None = None,
+        rows: np.ndarray | None = None,
+        moved: bool = False,
     ) -> None:
-        self.sets, self.crop = sets, crop
+        self.sets, self.crop, self.moved = sets, crop, moved
         self.starts = np.cumsum([0, *(len(pictures) for pictures in sets)])
         self.rows = np.arange(self.starts[-1]) if rows is None else rows
 
@@ -58,6 +62,8 @@ class Pictures:
         for item in items:
             pictures, row = self.place(item[1])
             picture = pictures.pixels[row]
+            if self.moved:
+                picture = _moved(picture, item)
             pixels.append(picture if self.crop is None else _lively_crop(picture, self.crop, item))
             labels.append(pictures.labels[row])
         return {"pixels": to_pixels(np.stack(pixels)), "labels": torch.from_numpy(np.stack(labels))}
@@ -68,6 +74,15 @@ def _lively_crop(picture: np.ndarray, size: int, item: Item) -> np.ndarray:
     corners = np.random.default_rng(item).integers(0, picture.shape[0] - size + 1, (3, 2))
     crops = [picture[y : y + size, x : x + size] for y, x in corners]
     return max(crops, key=lambda crop: float(crop[::4, ::4].std()))
+
+
+def _moved(picture: np.ndarray, item: Item, most: int = 5) -> np.ndarray:
+    """Mirrored half the time, and shifted by a few pixels; the edge goes on."""
+    rng = np.random.default_rng([*item, 9])
+    y, x = rng.integers(0, 2 * most + 1, 2)
+    wide = np.pad(picture, ((most, most), (most, most), (0, 0)), mode="edge")
+    shifted = wide[y : y + picture.shape[0], x : x + picture.shape[1]]
+    return shifted[:, ::-1] if rng.random() < 0.5 else shifted
 
 
 class Captioner:

@@ -178,7 +178,7 @@ def require_good_vae(out: Path) -> None:
 
 
 def train_reader(out: Path, name: str, **options: Any) -> Result:
-    """The attribute reader ``name``: "tuning" (convolutional) or "judge" (a transformer)."""
+    """The attribute reader ``name``: "tuning" (a transformer) or "judge" (convolutional)."""
     stage = f"reader-{name}"
     torch.manual_seed(RECIPES[stage].seed)
     model = models.build_reader(name)
@@ -191,7 +191,7 @@ def train_reader(out: Path, name: str, **options: Any) -> Result:
         damaged = reader.accuracy(readings.rows(odd), check.labels[odd])
         return _named("clean", clean) | _named("damaged", damaged)
 
-    batches = Pictures([pictures(out, "reader")])
+    batches = Pictures([pictures(out, "reader")], moved=True)
     return _train(stage, ReaderObjective(model), batches, out, validate=validate, **options)
 
 
