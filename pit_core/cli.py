@@ -13,9 +13,9 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import evaluate, files, lora, miniature, sample, train
+from .commands import direction, evaluate, files, lora, miniature, sample, train
 
-MANY = ("--parts", "--reference")
+MANY = ("--parts", "--reference", "--direction", "--from", "--to", "--pictures")
 """Options that take several values after one name, as in `--parts wing.png horns.png`."""
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 for _command in (sample.sample, sample.demo, files.convert, files.download, files.verify):
     app.command()(_command)
+app.add_typer(direction.app, name="direction")
 app.add_typer(train.app, name="train")
 app.add_typer(miniature.app, name="miniature")
 app.add_typer(evaluate.app, name="evaluate")

@@ -37,6 +37,9 @@ SEEDS = 2**64
 Stage = Callable[[str, int, int], None]
 """Called after each step with (what runs, steps done, steps in all); raise to interrupt."""
 
+Edit = Callable[[Tensor], Tensor]
+"""Tokens (B, T, D) of concepts -> those to draw instead, of the same shape."""
+
 
 @dataclass
 class Stack:
@@ -195,11 +198,16 @@ def make_many(
     prior: PriorSettings | None = None,
     render: RenderSettings | None = None,
     *,
+    edit: Edit | None = None,
     stage: Stage | None = None,
 ) -> list[list[Concept]]:
-    """The concepts of each job. All jobs share the batches; a concept's noise depends on its seed alone."""
+    """The concepts of each job. All jobs share the batches; a concept's noise depends on its seed alone.
+
+    edit: what happens to the tokens between the prior and the drawing.
+    """
     rows = sample_jobs(stack, jobs, prior or PriorSettings(), stage=stage)
     tokens = torch.cat(rows)
+    tokens = tokens if edit is None else edit(tokens)
     seeds = [seed for job in jobs for seed in job.seeds]
     images = stack.renderer.render(
         tokens,

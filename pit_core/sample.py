@@ -25,6 +25,7 @@ from .concepts import (
     picture_seed,
     prepare_parts,
 )
+from .directions.moves import Moves, read_moves, recorded_moves
 from .errors import PitError
 from .files import existing_file
 from .ip_adapter.tokens import IPTokens, save_ip_tokens
@@ -55,6 +56,7 @@ __all__ = [
     "JobFiles",
     "LoraFile",
     "Model",
+    "Moves",
     "Output",
     "PriorSettings",
     "Repeat",
@@ -73,6 +75,7 @@ __all__ = [
     "notes",
     "picture_files",
     "read_jobs",
+    "read_moves",
     "repeat_of",
     "run",
 ]
@@ -215,24 +218,28 @@ def run(
     *,
     model: Model,
     loras: Sequence[LoraFile] = (),
+    moves: Moves | None = None,
     command: Sequence[str] = (),
     stage: Stage | None = None,
 ) -> Output:
     """Make the concepts of all jobs and write them; a run that fails leaves nothing behind.
 
-    Raises PitError for pictures that cannot be read, and as make_many and the writing do.
+    Raises PitError for pictures that cannot be read, for directions (`moves`) that do not fit, and as
+    make_many and the writing do.
     """
+    moves = moves or Moves()
+    edit = moves.edit(stack.adapter)
     pictures = _read_all(jobs)
     ready = [_job(files, pictures, settings.as_sketch) for files in jobs]
     with stack.renderer.under_loras([(each.lora, each.strengths) for each in loras]):
-        concepts = make_many(stack, ready, settings.prior, settings.render, stage=stage)
+        concepts = make_many(stack, ready, settings.prior, settings.render, edit=edit, stage=stage)
     sheet = contact_sheet(
         [_row(stack, *each) for each in zip(jobs, ready, concepts, strict=True)],
     )
     tokens = concept_tokens(stack, [concept for made in concepts for concept in made])
     with folder.writing():
         entry = _model_entry(model, stack, loras, folder.folder)
-        record = Record(entry, asdict(settings), [], command)
+        record = Record(entry, asdict(settings) | moves.entry(folder.folder), [], command)
         return _write(folder, jobs, concepts, sheet, tokens, record)
 
 
@@ -268,7 +275,11 @@ def changed(defaults: RenderSettings, changes: Mapping[str, Any]) -> RenderSetti
 
 
 def notes(
-    stack: Stack, jobs: Sequence[JobFiles], settings: Settings, loras: Sequence[LoraFile] = ()
+    stack: Stack,
+    jobs: Sequence[JobFiles],
+    settings: Settings,
+    loras: Sequence[LoraFile] = (),
+    moves: Moves | None = None,
 ) -> list[str]:
     """What the user should know although the run goes on, each sentence once.
 
@@ -281,6 +292,7 @@ def notes(
         for files in jobs
         for note in advice(stack, Job([white] * len(files.parts), files.seeds, as_sketch=settings.as_sketch))
     ]
+    found += [] if moves is None else moves.notes(stack.adapter)
     return list(dict.fromkeys([*found, *filter(None, unplaced)]))
 
 
@@ -296,6 +308,7 @@ class Repeat:
     model: Model
     hashes: Mapping[str, str]
     loras: Sequence[LoraFile] = ()
+    moves: Moves = field(default_factory=Moves)
     note: str | None = None
 
 
@@ -315,6 +328,7 @@ def repeat_of(path: str | Path) -> Repeat:
         )
         hashes = {str(name): str(value) for name, value in model["hashes"].items()}
         loras = [_recorded_lora(entry, path) for entry in model.get("loras", [])]
+        moves = recorded_moves(record.settings, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PitError(f"'{path.name}' is damaged or of another release; it cannot be repeated.") from error
     if named.dtype not in DTYPES:
@@ -322,7 +336,7 @@ def repeat_of(path: str | Path) -> Repeat:
             f"'{path.name}' names the dtype '{named.dtype}', which is none of {', '.join(DTYPES)}."
         )
     settings = Settings.from_record(record.settings)
-    return Repeat(jobs, settings, named, hashes, loras, version_note(record.versions))
+    return Repeat(jobs, settings, named, hashes, loras, moves, version_note(record.versions))
 
 
 def check_same_weights(stack: Stack, hashes: Mapping[str, str]) -> None:

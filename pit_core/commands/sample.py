@@ -30,7 +30,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..concepts import Stack
-    from ..sample import LoraFile, Model, Output, Settings
+    from ..sample import LoraFile, Model, Moves, Output, Settings
 
 Paths = list[Path]
 
@@ -76,6 +76,16 @@ def sample(
         float | None,
         typer.Option(help="With --init: 0 keeps it, 1 forgets it; 0.6 by default.", show_default=False),
     ] = None,
+    direction: Annotated[
+        list[str],
+        typer.Option(
+            help="FILE:0.8, a direction and how far to move the concepts along it; several add up.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006
+    orthogonal: Annotated[
+        bool, typer.Option("--orthogonal", help="Set several directions at right angles first.")
+    ] = False,
     repeat: Annotated[
         Path | None, typer.Option(help="The record of a run to repeat.", show_default=False)
     ] = None,
@@ -129,6 +139,7 @@ def sample(
     matched = run.matched_paths
     request = run.Request(matched(parts), each, seed, matched(reference), init, random)
     request.check()
+    moves = run.read_moves(direction, orthogonal).for_tokens()
     folder = run.RunFolder(out)
     files = given_files(
         sdxl=sdxl, image_encoder=image_encoder, ip_adapter=ip_adapter, prior=prior, sdxl_config=sdxl_config
@@ -153,7 +164,7 @@ def sample(
     jobs = request.jobs(stack.prior_info.max_crops)
     defaults = run.lora_defaults(stack.defaults, loras)
     settings = run.Settings(prior_settings, run.changed(defaults, changes), as_sketch)
-    _tell(_run(stack, jobs, settings, folder, named, loras))
+    _tell(_run(stack, jobs, settings, folder, named, loras, moves))
 
 
 @plain_errors
@@ -192,7 +203,7 @@ def _repeat(record: Path, out: Path, device: str) -> Output:
         typer.echo(f"note: {found.note}", err=True)
     stack = load_model(model)
     run.check_same_weights(stack, found.hashes)
-    return _run(stack, found.jobs, found.settings, folder, model, found.loras)
+    return _run(stack, found.jobs, found.settings, folder, model, found.loras, found.moves)
 
 
 def _refuse_all_but(context: typer.Context, allowed: Sequence[str]) -> None:
@@ -213,10 +224,11 @@ def _run(
     folder: Any,
     model: Model,
     loras: Sequence[LoraFile] = (),
+    moves: Moves | None = None,
 ) -> Output:
     from .. import sample as run
 
-    for note in run.notes(stack, jobs, settings, loras):
+    for note in run.notes(stack, jobs, settings, loras, moves):
         typer.echo(f"note: {note}", err=True)
     with progress_bars() as stage:
         return run.run(
@@ -226,6 +238,7 @@ def _run(
             folder,
             model=model,
             loras=loras,
+            moves=moves,
             command=["pit", *sys.argv[1:]],
             stage=stage,
         )
