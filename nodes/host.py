@@ -60,6 +60,7 @@ KEY = "piece_it_together"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 TOKEN_FILES = {".safetensors"}
 TOKENS = "ip_tokens"
+DIRECTIONS = "ip_directions"
 EVERYTHING = 1e30  # bytes, more than any device has
 KEPT_RUNS = 4  # keys and values kept per adapter, so that another weight does not compute them again
 
@@ -73,6 +74,8 @@ def register_folders() -> None:
         ("ipadapter", models / "ipadapter", WEIGHTS),
         ("ip_prior", models / "ip_prior", WEIGHTS),
         (TOKENS, output / TOKENS, TOKEN_FILES),
+        (DIRECTIONS, models / DIRECTIONS, WEIGHTS),
+        (DIRECTIONS, output / DIRECTIONS, WEIGHTS),
     ):
         folder_paths.add_model_folder_path(name, str(place))
         paths, known = folder_paths.folder_names_and_paths[name]
@@ -121,9 +124,9 @@ def _stamp(path: Path) -> str:
     return f"{stat.st_mtime_ns}-{stat.st_size}"
 
 
-def new_token_file(prefix: str) -> tuple[Path, str]:
-    """A path that is free, numbered by the host's own rule, and its name below the folder for tokens."""
-    folder = Path(folder_paths.get_output_directory()) / TOKENS
+def new_file(kind: str, prefix: str) -> tuple[Path, str]:
+    """A path that is free, numbered by the host's own rule, and its name below the output folder `kind`."""
+    folder = Path(folder_paths.get_output_directory()) / kind
     inside(folder, prefix)
     try:
         place, name, number, below, _ = folder_paths.get_save_image_path(prefix, str(folder))

@@ -1,6 +1,15 @@
 """All nodes of the pack; a class's name is its node's id."""
 
 from . import host
+from .directions import (
+    PiTEditTokens,
+    PiTFindDirection,
+    PiTLoadDirection,
+    PiTPreviewDirection,
+    PiTSaveDirection,
+    PiTSweepDirection,
+    PiTSweepGrid,
+)
 from .ip_lora import PiTIPLoRA
 from .ip_prior import PiTLoadPrior, PiTSamplePrior
 from .ip_tokens import PiTApplyTokens, PiTEncodeImage, PiTEncodeParts, PiTLoadIPAdapter, PiTTokensFromEmbeds
@@ -21,6 +30,13 @@ NODES = (
     PiTLoadTokens,
     PiTLoadPrior,
     PiTSamplePrior,
+    PiTFindDirection,
+    PiTEditTokens,
+    PiTSweepDirection,
+    PiTSweepGrid,
+    PiTPreviewDirection,
+    PiTSaveDirection,
+    PiTLoadDirection,
     PiTIPLoRA,
     PiTMiniatureSDXL,
 )

@@ -17,6 +17,7 @@ ALIASES = ["piece it together", "pit"]  # find every node
 IPTokensSocket = io.Custom("PIT_IP_TOKENS")
 IPAdapterSocket = io.Custom("PIT_IP_ADAPTER")
 IPPriorSocket = io.Custom("PIT_IP_PRIOR")
+DirectionSocket = io.Custom("PIT_DIRECTION")
 EmbedsSocket = io.Custom("EMBEDS")  # of the popular IP-Adapter pack: features before the projection
 
 MINIATURE = "miniature (ships with this pack)"

@@ -86,7 +86,7 @@ class PiTSaveTokens(io.ComfyNode):
 
     @classmethod
     def execute(cls, tokens: IPTokens, filename_prefix: str = "tokens") -> io.NodeOutput:
-        path, name = host.new_token_file(filename_prefix)
+        path, name = host.new_file(host.TOKENS, filename_prefix)
         save_ip_tokens(path, checked(tokens, "tokens"))
         return io.NodeOutput(ui=ui.PreviewText(f"Saved {tokens} as {name}"))
 

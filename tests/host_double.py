@@ -104,6 +104,7 @@ IO = SimpleNamespace(
             "Vae": "VAE",
             "ClipVision": "CLIP_VISION",
             "Image": "IMAGE",
+            "Latent": "LATENT",
             "Mask": "MASK",
             "Int": "INT",
             "Float": "FLOAT",

@@ -24,6 +24,7 @@ CORE_NODES = {
 MAIN = {
     "nodeCategories": {"Piece it Together": "Piece it Together"},
     "dataTypes": {
+        "PIT_DIRECTION": "Direction",
         "PIT_IP_ADAPTER": "IP-Adapter",
         "PIT_IP_PRIOR": "IP-Prior",
         "PIT_IP_TOKENS": "IP tokens",

@@ -20,6 +20,13 @@ IDS = [
     "PiTLoadTokens",
     "PiTLoadPrior",
     "PiTSamplePrior",
+    "PiTFindDirection",
+    "PiTEditTokens",
+    "PiTSweepDirection",
+    "PiTSweepGrid",
+    "PiTPreviewDirection",
+    "PiTSaveDirection",
+    "PiTLoadDirection",
     "PiTIPLoRA",
     "PiTMiniatureSDXL",
 ]
@@ -94,7 +101,7 @@ def test_execute_takes_every_input_with_its_default(bench: Bench) -> None:
 def test_the_pack_does_not_take_other_packs_socket_names(bench: Bench) -> None:
     outputs = {out.io_type for schema in schemas(bench).values() for out in schema.outputs}
     ours = {name for name in outputs if name.startswith("PIT_")}
-    assert ours == {"PIT_IP_ADAPTER", "PIT_IP_TOKENS", "PIT_IP_PRIOR"}
+    assert ours == {"PIT_IP_ADAPTER", "PIT_IP_TOKENS", "PIT_IP_PRIOR", "PIT_DIRECTION"}
     assert not outputs & {"IPADAPTER", "EMBEDS"}
 
 
