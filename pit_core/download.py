@@ -305,7 +305,7 @@ def _announced(url: str) -> tuple[int | None, _Checksum | None]:
     exists; the storage itself may refuse to be asked without downloading, and its ETag may mean anything.
     """
     headers = _head(url, _SameHost())
-    checksum = _checksum_in(headers.get("X-Linked-Etag") or headers.get("ETag", ""))
+    checksum = _checksum_in(headers.get("X-Linked-Etag") or headers.get("ETag") or "")
     if headers.get("X-Linked-Size") is None and headers.get("Location") is not None:
         headers = _head(url, _AnyHost())
     size = headers.get("X-Linked-Size") or headers.get("Content-Length")
