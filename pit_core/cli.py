@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import direction, evaluate, files, lora, miniature, sample, train
+from .commands import data, direction, evaluate, files, lora, miniature, sample, train
 
 MANY = ("--parts", "--reference", "--direction", "--from", "--to", "--pictures")
 """Options that take several values after one name, as in `--parts wing.png horns.png`."""
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 for _command in (sample.sample, sample.demo, files.convert, files.download, files.verify):
     app.command()(_command)
+app.add_typer(data.app, name="data")
 app.add_typer(direction.app, name="direction")
 app.add_typer(train.app, name="train")
 app.add_typer(miniature.app, name="miniature")

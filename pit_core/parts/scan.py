@@ -11,21 +11,36 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import PitError
-from ..files import write_text_atomic
+from ..files import sha256_of, write_text_atomic
 from ..pictures import read_picture
 from .augment import is_white
 from .manifest import Skipped, Whole, path_below
 
 
+@dataclass(frozen=True)
+class Scan:
+    """The wholes that can be used, in order; what is left out; and the SHA-256 of each readable file."""
+
+    wholes: list[Whole]
+    skipped: list[Skipped]
+    hashes: dict[str, str]
+
+
 def readable(
     wholes: Sequence[Whole], folder: Path, memory: Path | None = None, *, quiet: bool = False
 ) -> tuple[list[Whole], list[Skipped]]:
-    """The wholes with those pictures that can be read, in order; and what is left out, which is warned of.
+    """The wholes with those pictures that can be read, and what is left out; see `scan`."""
+    found = scan(wholes, folder, memory, quiet=quiet)
+    return found.wholes, found.skipped
+
+
+def scan(wholes: Sequence[Whole], folder: Path, memory: Path | None = None, *, quiet: bool = False) -> Scan:
+    """The wholes with those pictures that can be read, in order; what is left out is also warned of.
 
     `folder` is the manifest's. What was found is kept in the file `memory`, so that another run only looks at
     new and changed files. Raises PitError when no whole is left.
@@ -52,7 +67,8 @@ def readable(
         raise PitError(f"None of the {len(wholes)} wholes can be used; the first: {_first(skipped)}")
     if skipped:
         warnings.warn(_report(skipped, len(names)), stacklevel=2)
-    return kept, skipped
+    hashes = {name: entry["sha256"] for name, entry in found.items() if not entry["error"]}
+    return Scan(kept, skipped, hashes)
 
 
 def _without(whole: Whole, broken: Mapping[str, str]) -> Whole | None:
@@ -66,20 +82,25 @@ def _without(whole: Whole, broken: Mapping[str, str]) -> Whole | None:
 
 
 def _look(folder: Path, name: str, known: Any) -> dict[str, Any]:
-    """{"stamp": size and time of the file, "error": what is wrong with it or None}"""
-    stamp = None
+    """{"stamp": the file's size and time, "sha256": its content's, "error": what is wrong with it or None}"""
+    stamp, content = None, ""
     try:
         path = path_below(folder, name)
         if path.is_file():
             status = path.stat()
             stamp = [status.st_size, status.st_mtime_ns]
-            if isinstance(known, dict) and known.get("stamp") == stamp and "error" in known:
+            if (
+                isinstance(known, dict)
+                and known.get("stamp") == stamp
+                and {"error", "sha256"} <= known.keys()
+            ):
                 return known
         if is_white(read_picture(path)):
             raise PitError(f"'{path.name}' is white or transparent all over and shows nothing.")
+        content = sha256_of(path)
     except (PitError, OSError) as error:
-        return {"stamp": stamp, "error": str(error)}
-    return {"stamp": stamp, "error": None}
+        return {"stamp": stamp, "sha256": content, "error": str(error)}
+    return {"stamp": stamp, "sha256": content, "error": None}
 
 
 def _read_memory(path: Path | None) -> dict[str, Any]:
