@@ -28,6 +28,19 @@ def train_ip_adapter(
     _tell(run(config), out / PUBLISHED)
 
 
+@app.command("ip-prior")
+@plain_errors
+def train_ip_prior(
+    config: Annotated[Path, typer.Option(help="A YAML file: a folder of `pit data embed`, settings.")],
+) -> None:
+    """Train an IP-Prior on embedded part data; goes on where an earlier run stopped."""
+    from ..train.config import read_config
+    from ..train.ip_prior_run import PUBLISHED, PriorSettings, run
+
+    out = read_config(config, PriorSettings).out
+    _tell(run(config), out / PUBLISHED)
+
+
 def _tell(result: Result, file: Path) -> None:
     """How a run has ended and where its model is; an interrupted one exits with 130."""
     from accelerate import PartialState
