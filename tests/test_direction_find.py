@@ -99,7 +99,7 @@ def test_clip_features_of_either_kind(shape: tuple[int, ...]) -> None:
 
 
 def test_held_out_pictures_tell_a_real_difference_from_none() -> None:
-    real = find_direction(*piles(40, gap=5)).evidence
+    real = find_direction(*piles(40, gap=9)).evidence
     none = find_direction(*piles(40, gap=0)).evidence
     assert real is not None and none is not None
     assert real.accuracy > 0.9 and real.confirmed > 0.4 and real.spread > 0
