@@ -252,12 +252,17 @@ def parts_and_prompt(w: Workflow) -> None:
 def style_and_composition(w: Workflow) -> None:
     m = models(w, prior=False)
     w.group("2. Two pictures")
-    style, composition = choose(w, m.pictures, {"Style from": 1, "Composition from": 0})
+    style, composition = choose(w, m.pictures, {"Style from": 0, "Composition from": 2})
     w.group("3. Tokens")
     look, layout = encode(w, m, style, "Style"), encode(w, m, composition, "Composition")
     w.group("4. Picture")
-    model = apply(w, m, m.model, look, "Apply as style", schedule="style")
-    model = apply(w, m, model, layout, "Apply as composition", schedule="composition")
+    # Which layers carry what is a matter of the model: in the miniature, layer 7 carries the shapes alone.
+    shapes = {"schedule": "layer map", "layer_map": "7:1"}
+    rest = {"schedule": "layer map", "layer_map": ", ".join(f"{t}:1" for t in range(11) if t != 7)}
+    model = apply(w, m, m.model, look, "Apply as style", **({"schedule": "style"} if w.full else rest))
+    model = apply(
+        w, m, model, layout, "Apply as composition", **({"schedule": "composition"} if w.full else shapes)
+    )
     draw(w, m, model, "style_and_composition", column=2)
 
 
@@ -368,9 +373,9 @@ SHIPPED = (
         "03_style_and_composition",
         style_and_composition,
         (
-            "Press **Run**: the look of one picture, the layout of another.",
+            "Press **Run**: the shapes of one picture, the colours and the scene of another.",
             "Other pictures: change **batch_index**; the preview shows the samples, numbered from 0.",
-            "How much each counts is the **weight** of its *Apply* node.",
+            "Here layer 7 carries the shapes; SDXL has the schedules *style* and *composition*.",
         ),
         (
             "Load one picture for the style and one for the composition.",
