@@ -43,10 +43,10 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tokens"
 
 
-def settings(tokens: Path, out: Path, **changes: Any) -> Path:
+def settings(embedded: Path, out: Path, /, **changes: Any) -> Path:
     train = {"steps": 4, "batch_size": 4, "lr": 1e-3, "log_every": 1, "save_every": 3, "ema_decay": 0.5}
     values: dict[str, Any] = {
-        "tokens": str(tokens),
+        "tokens": str(embedded),
         "out": str(out),
         "prior": {"hidden_dim": 32, "num_layers": 2, "num_attention_heads": 4},
         "validation": {"wholes": 2, "bins": 2},

@@ -148,14 +148,19 @@ def place_and_dtype(own_files: bool, device: str, dtype: Dtype) -> tuple[str, st
     return place, dtype.value if dtype is not Dtype.auto else "float16" if half else "float32"
 
 
-def load_model(model: Model) -> Stack:
+def without_loading_bars() -> None:
+    """The libraries' own bars while files are read would stand between our lines."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    from .. import sample as run
-
     for each in (diffusers_logging, transformers_logging):
         each.disable_progress_bar()
+
+
+def load_model(model: Model) -> Stack:
+    from .. import sample as run
+
+    without_loading_bars()
     if model.name != "miniature":
         return model.load()
     from ..miniature.models import load_stack

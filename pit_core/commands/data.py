@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import PitError
-from .common import Adapter, Device, Dtype, ImageEncoder, Precision, group, place_and_dtype, plain_errors
+from .common import (
+    Adapter,
+    Device,
+    Dtype,
+    ImageEncoder,
+    Precision,
+    group,
+    place_and_dtype,
+    plain_errors,
+    without_loading_bars,
+)
 
 if TYPE_CHECKING:
     from ..ip_adapter.adapter import IPAdapter
@@ -132,6 +142,7 @@ def _models(
         check_weights(WEIGHTS, names)
         image_encoder, ip_adapter = (WEIGHTS / name for name in names)
     where = checked_device(place)
+    without_loading_bars()
     return (
         load_image_encoder(image_encoder, dtype=DTYPES[kind], device=where),
         load_ip_adapter(ip_adapter, dtype=DTYPES[kind], device=where),

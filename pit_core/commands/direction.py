@@ -24,6 +24,7 @@ from .common import (
     place_and_dtype,
     plain_errors,
     progress_bars,
+    without_loading_bars,
 )
 
 if TYPE_CHECKING:
@@ -213,6 +214,7 @@ def _encoders(given: dict[str, Path], device: str, dtype: Dtype) -> tuple[Any, A
         stack = load_model(run.Model("miniature", None, place, kind))
         return stack.encoder, stack.adapter
     _refuse_gaps(given, ("image_encoder", "ip_adapter"))
+    without_loading_bars()
     options: dict[str, Any] = {"dtype": run.DTYPES[kind], "device": run.checked_device(place)}
     adapter = load_ip_adapter(given["ip_adapter"], **options)
     encoder = load_image_encoder(given["image_encoder"], **options)

@@ -22,6 +22,7 @@ from .common import (
     load_model,
     place_and_dtype,
     plain_errors,
+    without_loading_bars,
 )
 
 
@@ -104,6 +105,7 @@ def verify(
     )
     place, kind = place_and_dtype(bool(given), device, dtype)
     if given:
+        without_loading_bars()
         report = check.verify(
             given, out=out, steps=steps, device=run.checked_device(place), dtype=run.DTYPES[kind]
         )
