@@ -27,7 +27,11 @@ def report(
             started = time.perf_counter()
             function()
             taken.append(time.perf_counter() - started)
-    ours_s, reference_s = map(statistics.median, times)
+    return row(name, *map(statistics.median, times), bound=bound)
+
+
+def row(name: str, ours_s: float, reference_s: float, *, bound: float | None = None) -> float:
+    """Print a line for run.py of seconds measured otherwise, return ours_s / reference_s."""
     print(
         json.dumps({"name": name, "ours_s": ours_s, "reference_s": reference_s, "bound": bound}), flush=True
     )

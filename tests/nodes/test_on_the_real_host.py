@@ -28,32 +28,27 @@ def test_the_node_tests_pass_in_comfyui(comfyui: Path) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def test_the_pack_adds_little_to_the_start(comfyui: Path) -> None:
-    """At most 0.15 s of processor time; what the host has imported itself is not ours to pay for.
+def test_the_pack_starts_without_heavy_libraries(comfyui: Path) -> None:
+    """None is so much as asked for: the host's own transformers would hide that it was.
 
-    Nothing heavy is so much as asked for: the host's own transformers would hide that it was.
+    How long the start takes: benchmarks/bench_start.py.
     """
     script = """
-import builtins, json, sys, time
+import builtins, json, sys
 root, tests = sys.argv[1:3]
 sys.path[:0] = [tests, tests + "/..", "."]
 sys.argv = ["main.py", "--cpu"]
 import comfy.options
 comfy.options.enable_args_parsing()
 import nodes
-import comfy.sample, comfy.clip_vision, comfy_api.latest, comfy.supported_models
-from PIL import Image, ImageDraw, ImageFilter
-import numpy, yaml
 import benches
 asked, plain = set(), builtins.__import__
 def watching(name, *rest, **options):
     asked.add(name.partition(".")[0])
     return plain(name, *rest, **options)
 builtins.__import__ = watching
-start = time.process_time()
 pack = benches.load_pack()
 print(json.dumps({
-    "seconds": time.process_time() - start,
     "nodes": len(pack.NODE_CLASS_MAPPINGS),
     "heavy": sorted({"diffusers", "transformers", "accelerate", "matplotlib"} & asked),
     "seen": "torch" in asked,
@@ -62,6 +57,4 @@ print(json.dumps({
     done = real_host.run(comfyui, "-c", script, str(real_host.ROOT), str(HERE), timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    print(found)  # noqa: T201
-    assert found["nodes"] == 20 and found["heavy"] == [] and found["seen"]
-    assert found["seconds"] <= 0.15
+    assert found == {"nodes": 20, "heavy": [], "seen": True}
