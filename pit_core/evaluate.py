@@ -121,9 +121,7 @@ def accepted(
     wholes = [replace(case, given=tuple(case.critter.parts())) for case in cases]
     seeds = [MOST * seed + index for index in range(count)]
     noise = [picture_seed(s) for s in seeds]
-    jobs = [Job(case.parts, [s]) for case, s in zip(cases, seeds, strict=True)]
-    sampled = list(torch.cat(sample_jobs(stack, jobs, PriorSettings())))
-    own = list(stack.encode([Image.fromarray(Picture(case.critter).draw()) for case in cases]))
+    sampled, own = _sampled(stack, cases, seeds, PriorSettings()), _own(stack, cases)
     drawn = {
         "ip_prior.safetensors": (_drawn(stack, sampled, noise), cases),
         "ip_adapter_plus.safetensors": (_drawn(stack, own, noise), wholes),
@@ -153,16 +151,26 @@ def _methods(
     settings: PriorSettings,
 ) -> list[tuple[str, list[Tensor]]]:
     """Each method's name and its tokens (T, D) for every case."""
-    jobs = [Job(case.parts, [seed]) for case, seed in zip(cases, seeds, strict=True)]
-    sampled = torch.cat(sample_jobs(stack, jobs, settings))
     given = [stack.encode(prepare_parts(stack, case.parts)) for case in cases]
-    truth = stack.encode([Image.fromarray(Picture(case.critter).draw()) for case in cases])
     return [
-        ("IP-Prior", list(sampled)),
+        ("IP-Prior", _sampled(stack, cases, seeds, settings)),
         ("average of the parts' tokens", [tokens.mean(0) for tokens in given]),
         ("parts' tokens side by side", [tokens.flatten(0, 1) for tokens in given]),
-        ("ceiling: the true concept's tokens", list(truth)),
+        ("ceiling: the true concept's tokens", _own(stack, cases)),
     ]
+
+
+def _sampled(
+    stack: Stack, cases: Sequence[ConceptCase], seeds: Sequence[int], settings: PriorSettings
+) -> list[Tensor]:
+    """The prior's tokens (T, D) out of each case's parts."""
+    jobs = [Job(case.parts, [seed]) for case, seed in zip(cases, seeds, strict=True)]
+    return list(torch.cat(sample_jobs(stack, jobs, settings)))
+
+
+def _own(stack: Stack, cases: Sequence[ConceptCase]) -> list[Tensor]:
+    """The tokens (T, D) of each true critter's own picture."""
+    return list(stack.encode([Image.fromarray(Picture(case.critter).draw()) for case in cases]))
 
 
 def _drawn(stack: Stack, tokens: Sequence[Tensor], seeds: Sequence[int]) -> list[Image.Image]:

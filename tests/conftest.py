@@ -1,5 +1,6 @@
 """What every test shares: the repository's root, and one thread for tensors that are too small for two."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def root() -> Path:
     """The repository's root folder."""
     return ROOT
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a `pit` command in this process: (exit code, stdout, stderr)."""
+    from pit_core.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call

@@ -11,25 +11,11 @@ import tiny_stack
 import yaml
 from PIL import Image
 
-from pit_core.cli import main
 from pit_core.concepts import StackFiles
 from pit_core.parts.manifest import read_manifest
 from pit_core.parts.shards import read_index
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

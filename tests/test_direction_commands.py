@@ -10,7 +10,6 @@ import tiny_stack
 import torch
 from PIL import Image
 
-from pit_core.cli import main
 from pit_core.concepts import StackFiles
 from pit_core.directions.checkpoint import load_direction, save_direction
 from pit_core.directions.direction import Direction
@@ -18,19 +17,6 @@ from pit_core.ip_adapter.tokens import IPTokens, load_ip_tokens, save_ip_tokens
 
 Run = Callable[..., tuple[int, str, str]]
 SHAPE = (tiny_stack.TOKENS, tiny_stack.CONTEXT)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

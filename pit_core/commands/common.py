@@ -17,6 +17,8 @@ from ..errors import PitError
 
 if TYPE_CHECKING:
     from ..concepts import Stack
+    from ..ip_adapter.adapter import IPAdapter
+    from ..ip_adapter.encoder import ImageEncoder as ImageEncoderModel
     from ..sample import Model
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -166,6 +168,30 @@ def load_model(model: Model) -> Stack:
     from ..miniature.models import load_stack
 
     return load_stack(device=run.checked_device(model.device), dtype=run.DTYPES[model.dtype])
+
+
+def load_encoders(given: dict[str, Path], device: str, dtype: Dtype) -> tuple[ImageEncoderModel, IPAdapter]:
+    """What turns pictures into tokens: the named image encoder and adapter, or else the miniature's.
+
+    Raises PitError as the files' loaders, and when the two are not made for each other.
+    """
+    from ..ip_adapter.checkpoint import check_encoder, load_ip_adapter
+    from ..ip_adapter.encode import load_image_encoder
+    from ..sample import DTYPES, checked_device
+
+    place, kind = place_and_dtype(bool(given), device, dtype)
+    if not given:
+        from ..miniature.models import WEIGHTS, check_weights
+
+        names = {"image_encoder": "image_encoder.safetensors", "ip_adapter": "ip_adapter_plus.safetensors"}
+        check_weights(WEIGHTS, list(names.values()))
+        given = {option: WEIGHTS / name for option, name in names.items()}
+    options: dict[str, Any] = {"dtype": DTYPES[kind], "device": checked_device(place)}
+    without_loading_bars()
+    adapter = load_ip_adapter(given["ip_adapter"], **options)
+    encoder = load_image_encoder(given["image_encoder"], **options)
+    check_encoder(adapter, encoder.hidden_width, encoder.projection_dim)
+    return encoder, adapter
 
 
 @contextmanager

@@ -15,15 +15,13 @@ from .common import (
     Dtype,
     ImageEncoder,
     Precision,
+    given_files,
     group,
-    place_and_dtype,
+    load_encoders,
     plain_errors,
-    without_loading_bars,
 )
 
 if TYPE_CHECKING:
-    from ..ip_adapter.adapter import IPAdapter
-    from ..ip_adapter.encoder import ImageEncoder as Encoder
     from ..parts.augment import Augment
 
 app = group("Pictures of wholes and their parts, as data to train a prior on.")
@@ -77,18 +75,17 @@ def show(
     config: Settings = None,
 ) -> None:
     """Wholes and their parts on a contact sheet."""
-    from ..files import replacing
     from ..ip_adapter.pixels import preprocess
     from ..parts.dataset import PartData
     from ..parts.manifest import read_manifest
     from ..parts.scan import readable
     from ..parts.sheet import part_sheet
+    from ..pictures import save_png
 
     wholes, _ = readable(read_manifest(manifest), manifest.parent)
     data = PartData(wholes, manifest.parent, _augment(config), preprocess, seed=seed)
     sheet = part_sheet(data, count, seed=seed, augmented=augmented)
-    with replacing(out) as temporary:
-        sheet.save(temporary, format="PNG")
+    save_png(sheet, out)
     typer.echo(f"{out}: {min(count, len(wholes))} of {len(wholes)} wholes")
 
 
@@ -117,36 +114,15 @@ def embed(
     from ..parts.views import Recipe
 
     augment = _augment(config)
-    encoder, adapter = _models(image_encoder, ip_adapter, device, dtype)
+    if (image_encoder is None) != (ip_adapter is None):
+        raise PitError("Give both --image-encoder and --ip-adapter, or none of them for the miniature's.")
+    given = given_files(image_encoder=image_encoder, ip_adapter=ip_adapter)
+    encoder, adapter = load_encoders(given, device, dtype)
     recipe = Recipe(encoder.image_size, augment, views, seed)
     done = run(
         manifest, out, Encoder(encoder, adapter, batch), recipe, shard_size=shard_size, workers=workers
     )
     typer.echo(f"{out}: {done}")
-
-
-def _models(
-    image_encoder: Path | None, ip_adapter: Path | None, device: str, dtype: Dtype
-) -> tuple[Encoder, IPAdapter]:
-    from ..ip_adapter.checkpoint import load_ip_adapter
-    from ..ip_adapter.encode import load_image_encoder
-    from ..sample import DTYPES, checked_device
-
-    if (image_encoder is None) != (ip_adapter is None):
-        raise PitError("Give both --image-encoder and --ip-adapter, or none of them for the miniature's.")
-    place, kind = place_and_dtype(image_encoder is not None, device, dtype)
-    if image_encoder is None or ip_adapter is None:
-        from ..miniature.models import WEIGHTS, check_weights
-
-        names = ("image_encoder.safetensors", "ip_adapter_plus.safetensors")
-        check_weights(WEIGHTS, names)
-        image_encoder, ip_adapter = (WEIGHTS / name for name in names)
-    where = checked_device(place)
-    without_loading_bars()
-    return (
-        load_image_encoder(image_encoder, dtype=DTYPES[kind], device=where),
-        load_ip_adapter(ip_adapter, dtype=DTYPES[kind], device=where),
-    )
 
 
 def _augment(config: Path | None) -> Augment:

@@ -20,11 +20,11 @@ from .common import (
     SdxlConfig,
     given_files,
     group,
+    load_encoders,
     load_model,
     place_and_dtype,
     plain_errors,
     progress_bars,
-    without_loading_bars,
 )
 
 if TYPE_CHECKING:
@@ -205,21 +205,9 @@ def _seed(seed: int) -> int:
 
 def _encoders(given: dict[str, Path], device: str, dtype: Dtype) -> tuple[Any, Any]:
     """(image encoder, adapter): the named ones, or the miniature's."""
-    from .. import sample as run
-    from ..ip_adapter.checkpoint import check_encoder, load_ip_adapter
-    from ..ip_adapter.encode import load_image_encoder
-
-    place, kind = place_and_dtype(bool(given), device, dtype)
-    if not given:
-        stack = load_model(run.Model("miniature", None, place, kind))
-        return stack.encoder, stack.adapter
-    _refuse_gaps(given, ("image_encoder", "ip_adapter"))
-    without_loading_bars()
-    options: dict[str, Any] = {"dtype": run.DTYPES[kind], "device": run.checked_device(place)}
-    adapter = load_ip_adapter(given["ip_adapter"], **options)
-    encoder = load_image_encoder(given["image_encoder"], **options)
-    check_encoder(adapter, encoder.hidden_width, encoder.projection_dim)
-    return encoder, adapter
+    if given:
+        _refuse_gaps(given, ("image_encoder", "ip_adapter"))
+    return load_encoders(given, device, dtype)
 
 
 def _models(given: dict[str, Path], device: str, dtype: Dtype, steps: int | None) -> Models:
