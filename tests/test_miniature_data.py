@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -359,6 +360,28 @@ def test_caching_goes_on_where_it_was_interrupted(tmp_path: Path, world: Picture
     rest = _Means()
     cached(tmp_path, "means", [world], rest, rows, chunk=1)
     assert rest.seen == 10 + 1
+
+
+def _share_caching(folder: Path, world: PictureSet) -> None:
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # the fork has inherited a single-process state
+    make = _Means()
+    cached(folder, "means", [world], make, chunk=2)
+    (folder / f"seen-{PartialState().process_index}").write_text(str(make.seen - 1))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_two_processes_share_the_caching(tmp_path: Path, world: PictureSet) -> None:
+    from accelerate import debug_launcher
+
+    debug_launcher(_share_caching, args=(tmp_path, world), num_processes=2)
+    seen = [int((tmp_path / f"seen-{index}").read_text()) for index in (0, 1)]
+    assert sum(seen) == len(world) and min(seen) > 0
+    again = _Means()
+    values = cached(tmp_path, "means", [world], again)
+    assert again.seen == 0
+    assert (values == to_pixels(world.pixels[:]).mean((2, 3)).half().numpy()).all()
 
 
 def test_what_other_weights_made_is_made_anew(tmp_path: Path, world: PictureSet) -> None:

@@ -15,14 +15,14 @@ from pit_core.concepts import make_concepts
 from pit_core.errors import PitError
 from pit_core.files import load_tensors, sha256_of
 from pit_core.miniature import models, train, trained
-from pit_core.miniature.batches import to_pixels
+from pit_core.miniature.batches import Pictures, to_pixels
 from pit_core.miniature.critters import render_part
 from pit_core.miniature.data import concept_critter
 from pit_core.miniature.export import LIMIT, export, note_figures
 from pit_core.miniature.recipes import RECIPES, quick_precision
 from pit_core.miniature.scale import scaled_config, set_scale
-from pit_core.miniature.sets import base_pictures, pictures
-from pit_core.train.loop import Result, latest_checkpoint
+from pit_core.miniature.sets import adapter_pictures, base_pictures, captioner, pictures
+from pit_core.train.loop import Result, latest_checkpoint, load_average
 
 SCALE = 0.0002
 
@@ -113,7 +113,7 @@ def test_a_stage_before_its_turn_is_told_in_a_sentence(out: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(("vae", "decoder"), [(31.994, None), (32.5, 31.994), (float("nan"), None)])
-@pytest.mark.parametrize("stage", ["unet", "unet-finish", "adapter"])
+@pytest.mark.parametrize("stage", ["unet", "unet-finish", "adapter", "adapter-further"])
 def test_nothing_learns_on_the_latents_of_a_poor_vae(
     tmp_path: Path, stage: str, vae: float, decoder: float | None
 ) -> None:
@@ -348,6 +348,40 @@ def test_shipped_weights_stand_in_for_untrained_stages(out: Path, weights: Path,
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)  # the shipped ones are fp16
     assert [result.finished for _, result in [*train.main("adapter", again), *train.main("prior", again)]]
     export(again, tmp_path / "exported", "unet")
+
+
+def test_the_adapter_goes_on_from_the_shipped_one(out: Path, weights: Path, tmp_path: Path) -> None:
+    again = _fresh(out, tmp_path)
+    trained.start_from_shipped(again, weights)
+    shipped = trained.trained_adapter(again).state_dict()
+    encoders = trained.trained_encoders(again)
+    begun = trained.adapter_objective(again, *encoders, trained.ADAPTER_STAGES[:1]).adapter
+    assert all(torch.equal(begun.state_dict()[name], value) for name, value in shipped.items())
+
+    [(_, result)] = train.main("adapter-further", again)
+    assert result.finished
+    further = trained.trained_adapter(again).state_dict()
+    assert any(not torch.equal(further[name], value) for name, value in shipped.items())
+    _, average = load_average(again / "adapter-further")
+    assert all(torch.equal(further[name.removeprefix("adapter.")], value) for name, value in average.items())
+
+    train.main("prior", again)
+    made_by = json.loads((again / "cache/tokens.json").read_text())["of"]
+    assert made_by == trained.weights_of(again, "vision", "adapter-further")
+    manifest = export(again, tmp_path / "exported", "adapter")
+    stages = [stage["stage"] for stage in manifest["files"]["ip_adapter_plus.safetensors"]["stages"]]
+    assert stages == ["adapter", "adapter-further"]
+
+
+def test_the_adapter_goes_on_with_more_of_the_mirrored_critters(out: Path) -> None:
+    base, further, captions = base_pictures(out), adapter_pictures(out), captioner(out)
+
+    def mirrored(pictures: Pictures) -> list[bool]:
+        return [captions.picture(*pictures.place(i)).critter.pose.mirror for i in range(len(pictures))]
+
+    assert set(further.rows) == set(base.rows)
+    assert mirrored(further).count(True) == 3 * mirrored(base).count(True)
+    assert mirrored(further).count(False) == mirrored(base).count(False)
 
 
 def test_a_stage_trained_here_is_preferred_to_the_shipped_one(

@@ -95,9 +95,13 @@ class Captioner:
         rng = np.random.default_rng([*item, 5])
         if rng.random() < self.neutral:
             return str(rng.choice(NEUTRAL))
+        return self.picture(pictures, row).caption(rng)
+
+    def picture(self, pictures: PictureSet, row: int) -> Picture:
+        """What a set shows in a row."""
         group = int(pictures.groups[row])
         place = row - int(np.searchsorted(pictures.groups, group))
-        return self.makers[pictures.folder](group)[place].caption(rng)
+        return self.makers[pictures.folder](group)[place]
 
 
 class Captioned:

@@ -31,25 +31,38 @@ def cached(
 ) -> np.ndarray:
     """``make(pixels)`` of the sets' pictures, as fp16 on disk; continues where it was interrupted.
 
-    The array has a row for each picture; where ``rows`` are given only these are filled in. ``of`` names the
-    weights behind ``make``: what other weights made is made anew.
+    The processes of a shared training take turns at the chunks. The array has a row for each picture; where
+    ``rows`` are given only these are filled in. ``of`` names the weights behind ``make``: what other weights
+    made is made anew.
     """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
     path, mark = folder / f"{name}.npy", folder / f"{name}.json"
     pictures = Pictures(sets, rows=rows)
     done = _rows_done(path, mark, of)
     if done < len(pictures):
-        folder.mkdir(parents=True, exist_ok=True)
         row_shape = make(to_pixels(sets[0].pixels[:1])).shape[1:]
-        shape = (sum(map(len, sets)), *row_shape)
-        values = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.float16, shape=shape)
+        if state.is_main_process and not done:
+            mark.unlink(missing_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            shape = (sum(map(len, sets)), *row_shape)
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+        state.wait_for_everyone()
+        values = np.lib.format.open_memmap(path, mode="r+")
         starts = range(done, len(pictures), chunk)
-        for number, start in enumerate(tqdm(starts, desc=f"caching {name}"), 1):
+        hidden = not state.is_main_process
+        for number, start in enumerate(tqdm(starts, desc=f"caching {name}", disable=hidden), 1):
             stop = min(start + chunk, len(pictures))
-            pixels = pictures.fetch([(0, index) for index in range(start, stop)])["pixels"]
-            values[pictures.rows[start:stop]] = make(pixels).half().numpy()
+            if number % state.num_processes == state.process_index:
+                pixels = pictures.fetch([(0, index) for index in range(start, stop)])["pixels"]
+                values[pictures.rows[start:stop]] = make(pixels).half().numpy()
             if number % SAVE_EVERY == 0 or stop == len(pictures):
                 values.flush()
-                write_text_atomic(mark, json.dumps({"rows": stop, "of": of}))
+                state.wait_for_everyone()
+                if state.is_main_process:
+                    write_text_atomic(mark, json.dumps({"rows": stop, "of": of}))
+        state.wait_for_everyone()
     return np.load(path, mmap_mode="r")
 
 

@@ -162,7 +162,7 @@ _WRITERS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], list[str]]]] =
     "vae": (("vae", "decoder"), _vae),
     "encoders": (("vision",), _encoders),
     "unet": (trained.UNET_STAGES, _unet),
-    "adapter": (("adapter",), _adapter),
+    "adapter": (trained.ADAPTER_STAGES, _adapter),
     "prior": (("prior",), _prior),
     # The reader that served while tuning stays at home: figures come from the other one.
     "reader-judge": (("reader-judge",), _judge),
@@ -174,7 +174,7 @@ _STAGES: dict[str, tuple[str, ...]] = {
     "image_encoder.safetensors": ("encoders", "vision"),
     "text_encoder.safetensors": ("encoders",),
     "unet": trained.UNET_STAGES,
-    "ip_adapter_plus.safetensors": ("adapter",),
+    "ip_adapter_plus.safetensors": trained.ADAPTER_STAGES,
     "ip_prior.safetensors": ("prior",),
     "reader_judge.safetensors": ("reader-judge",),
 }

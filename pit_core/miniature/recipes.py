@@ -76,7 +76,7 @@ RECIPES: dict[str, LoopConfig] = {
         save_every=500,
     ),
     "reader-judge": LoopConfig(
-        steps=5000,
+        steps=8000,
         batch_size=64,
         lr=1.5e-3,
         schedule="cosine",
@@ -128,6 +128,17 @@ RECIPES: dict[str, LoopConfig] = {
         weight_decay=0.01,
         ema_decay=0.995,
         seed=7,
+        save_every=200,
+    ),
+    "adapter-further": LoopConfig(
+        steps=3600,
+        batch_size=48,
+        lr=8e-4,
+        schedule="cosine",
+        warmup=50,
+        weight_decay=0.01,
+        ema_decay=0.998,
+        seed=17,
         save_every=200,
     ),
     "prior": LoopConfig(

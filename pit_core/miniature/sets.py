@@ -45,6 +45,14 @@ def base_pictures(out: Path) -> Pictures:
     return Pictures(whole.sets, rows=whole.rows[::2])
 
 
+def adapter_pictures(out: Path) -> Pictures:
+    """The base pictures, the mirrored critters' three times: only a sixth are, and their tails get lost."""
+    base, captions = base_pictures(out), captioner(out)
+    shown = (captions.picture(*base.place(index)) for index in range(len(base)))
+    mirrored = np.array([picture.critter.pose.mirror for picture in shown])
+    return Pictures(base.sets, rows=np.concatenate([base.rows, np.repeat(base.rows[mirrored], 2)]))
+
+
 def vision_pictures(out: Path) -> Pictures:
     """What the image encoder learns on at last: all whole pictures and an eighth of the concepts' parts."""
     whole = _whole_pictures(out)
@@ -104,6 +112,6 @@ _SETS: dict[str, tuple[Maker, int]] = {
     "world": (_draw_world, 30000),
     "world-check": (_draw_world_check, 500),
     "concepts": (_draw_concepts, 20000),
-    "reader": (_draw_reader, 30000),
+    "reader": (_draw_reader, 80000),
     "reader-check": (_draw_reader_check, 2000),
 }

@@ -24,9 +24,10 @@ from .batches import Captioned, Concepts, Conditioned, Pictures, to_pixels
 from .objectives import ContrastiveObjective, DecoderObjective, ReaderObjective, UNetObjective, VAEObjective
 from .recipes import RECIPES, SNR_LIMIT, quick_precision
 from .scale import scale_of, scaled_config, set_scale
-from .sets import base_pictures, captioner, everything, pictures, vision_pictures
+from .sets import adapter_pictures, base_pictures, captioner, everything, pictures, vision_pictures
 from .tokenizer import WordTokenizer
 from .trained import (
+    ADAPTER_STAGES,
     UNET_STAGES,
     adapter_objective,
     alphas_cumprod,
@@ -70,7 +71,7 @@ def main(
         start_from_shipped(out)
     results = []
     for name in STAGES if stage is None else (stage,):
-        if name in (*UNET_STAGES, "adapter"):
+        if name in (*UNET_STAGES, *ADAPTER_STAGES):
             require_good_vae(out)
         result = _run_stage(name, out, minutes) if processes == 1 else _shared(name, out, minutes, processes)
         results.append((name, result))
@@ -216,18 +217,19 @@ def _unet_batches(out: Path) -> Conditioned:
     )
 
 
-def train_adapter(out: Path, **options: Any) -> Result:
+def train_adapter(out: Path, stage: str, **options: Any) -> Result:
     """IP-Adapter Plus: projection and image keys and values, on the frozen UNet."""
-    torch.manual_seed(RECIPES["adapter"].seed)
+    torch.manual_seed(RECIPES[stage].seed)
     image, text = trained_encoders(out)
     batches = Conditioned(
-        base_pictures(out),
+        base_pictures(out) if stage == ADAPTER_STAGES[0] else adapter_pictures(out),
         captioner(out, neutral=0.3),
         WordTokenizer(models.TEXT_LENGTH),
         text,
         {"latents": base_latents(out, trained_vae(out)), "features": base_features(out, image)},
     )
-    return _train("adapter", adapter_objective(out, image, text), batches, out, **options)
+    earlier = ADAPTER_STAGES[: ADAPTER_STAGES.index(stage)]
+    return _train(stage, adapter_objective(out, image, text, earlier), batches, out, **options)
 
 
 def train_prior(out: Path, **options: Any) -> Result:
@@ -252,6 +254,6 @@ STAGES: dict[str, Callable[..., Result]] = {
     "reader-tuning": partial(train_reader, name="tuning"),
     "reader-judge": partial(train_reader, name="judge"),
     **{stage: partial(train_unet, stage=stage) for stage in UNET_STAGES},
-    "adapter": train_adapter,
+    **{stage: partial(train_adapter, stage=stage) for stage in ADAPTER_STAGES},
     "prior": train_prior,
 }

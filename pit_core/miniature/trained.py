@@ -92,6 +92,12 @@ def weights_of(out: Path, *stages: str) -> str:
     return "-".join(sha256_of(path)[:12] for path in files if path is not None)
 
 
+def _newest_of(out: Path, stages: Sequence[str]) -> str | None:
+    """The last of these stages that was trained here, if any was."""
+    there = [stage for stage in stages if latest_checkpoint(out / stage)]
+    return there[-1] if there else None
+
+
 # models
 
 
@@ -171,23 +177,33 @@ def trained_unet(out: Path) -> Any:
 
 
 def _newest_unet(out: Path, stages: Sequence[str]) -> Any:
-    there = [stage for stage in stages if latest_checkpoint(out / stage)]
+    newest = _newest_of(out, stages)
     shipped = _shipped(out, "unet")
-    if shipped and not there:
+    if shipped and not newest:
         from diffusers import UNet2DConditionModel
 
         return UNet2DConditionModel.from_pretrained(shipped.parent, local_files_only=True)
     unet = models.build_unet()
-    load_stage(UNetObjective(unet, alphas_cumprod()), out, there[-1] if there else stages[0])
+    load_stage(UNetObjective(unet, alphas_cumprod()), out, newest or stages[0])
     return unet
 
 
-def adapter_objective(out: Path, image: Any, text: Any) -> IPAdapterObjective:
-    """A new adapter on the trained UNet, with what a dropped picture and a dropped text turn into."""
+ADAPTER_STAGES = ("adapter", "adapter-further")  # the second starts from the average of the first
+
+
+def adapter_objective(out: Path, image: Any, text: Any, stages: Sequence[str] = ()) -> IPAdapterObjective:
+    """The adapter as the newest of ``stages`` left it, or a new one without any, on the trained UNet.
+
+    With it goes what a dropped picture and a dropped text turn into.
+    """
     unet = trained_unet(out)
-    adapter = new_ip_adapter(unet, models.build_resampler(), "the miniature's IP-Adapter")
+    newest, shipped = _newest_of(out, stages), _shipped(out, "adapter")
+    if stages and shipped and not newest:
+        adapter = _load_adapter(shipped)
+    else:
+        adapter = new_ip_adapter(unet, models.build_resampler(), "the miniature's IP-Adapter")
     empty, pooled = models.encode_text(text, WordTokenizer(models.TEXT_LENGTH)([""]))
-    return IPAdapterObjective(
+    objective = IPAdapterObjective(
         unet,
         adapter,
         alphas_cumprod=alphas_cumprod(),
@@ -197,18 +213,24 @@ def adapter_objective(out: Path, image: Any, text: Any) -> IPAdapterObjective:
         dropout=Dropout(image=0.05, text=0.4, both=0.05),
         snr_limit=SNR_LIMIT,
     )
+    if stages and (newest or not shipped):
+        load_stage(objective, out, newest or stages[0])
+    return objective
 
 
 def trained_adapter(out: Path) -> IPAdapter:
-    """The IP-Adapter, frozen."""
+    """The IP-Adapter of its newest stage, frozen."""
     shipped = _shipped(out, "adapter")
-    if shipped:
-        from ..ip_adapter.checkpoint import load_ip_adapter
-
-        return load_ip_adapter(shipped, dtype=torch.float32).requires_grad_(False)
-    objective = adapter_objective(out, *trained_encoders(out))
-    load_stage(objective, out, "adapter")
+    if shipped and not _newest_of(out, ADAPTER_STAGES):
+        return _load_adapter(shipped).requires_grad_(False)
+    objective = adapter_objective(out, *trained_encoders(out), ADAPTER_STAGES)
     return objective.adapter.requires_grad_(False)
+
+
+def _load_adapter(path: Path) -> IPAdapter:
+    from ..ip_adapter.checkpoint import load_ip_adapter
+
+    return load_ip_adapter(path, dtype=torch.float32)
 
 
 def trained_prior(out: Path) -> IPPrior:
@@ -262,5 +284,5 @@ def concept_tokens(out: Path, image_encoder: Any, adapter: IPAdapter) -> np.ndar
     def make(pixels: Tensor) -> Tensor:
         return adapter(models.image_features(image_encoder, pixels))
 
-    of = weights_of(out, "vision", "adapter")
+    of = weights_of(out, "vision", _newest_of(out, ADAPTER_STAGES) or "adapter")
     return cached(out / "cache", "tokens", [pictures(out, "concepts")], make, of=of)
