@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pit_core.concepts import Job, PriorSettings, Stack, make_many
-from pit_core.evaluate import concept_cases
+from pit_core.evaluate.concepts import concept_cases
 from pit_core.files import load_tensors, sha256_of
 from pit_core.ip_adapter.checkpoint import load_ip_adapter
 from pit_core.ip_adapter.encode import load_image_encoder

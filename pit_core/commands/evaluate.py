@@ -22,10 +22,10 @@ def concepts(
     ] = None,
 ) -> None:
     """Parts kept and valid creatures: the IP-Prior against averaging and concatenating tokens."""
-    from .. import evaluate
+    from ..evaluate import concepts as table
     from ..miniature.models import load_reader, load_stack
 
-    rows = evaluate.concepts(
+    rows = table.run(
         load_stack(),
         load_reader("judge"),
         count=count,
@@ -33,4 +33,4 @@ def concepts(
         out=out,
         progress=lambda text: typer.echo(text, err=True),
     )
-    typer.echo(evaluate.table(rows))
+    typer.echo(table.table(rows))

@@ -67,7 +67,7 @@ def accept(
     ] = None,
 ) -> None:
     """Note in the manifest what the exported weights' pictures show: parts kept, valid creatures."""
-    from ..evaluate import accepted
+    from ..evaluate.concepts import accepted
     from ..miniature.export import note_figures
     from ..miniature.models import WEIGHTS, load_reader, load_stack
 

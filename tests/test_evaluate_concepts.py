@@ -13,10 +13,11 @@ import tiny_stack
 import torch
 from PIL import Image
 
-from pit_core import evaluate
 from pit_core.concepts import PriorSettings, Stack
 from pit_core.errors import PitError
-from pit_core.evaluate import Row, concept_cases, concepts, table
+from pit_core.evaluate import concepts
+from pit_core.evaluate.common import margin
+from pit_core.evaluate.concepts import Row, concept_cases, table
 from pit_core.miniature import models
 from pit_core.miniature.critters import KINDS, is_held_out
 
@@ -87,8 +88,8 @@ def test_the_table_aligns_its_columns() -> None:
 
 
 def test_margins_are_those_of_a_share() -> None:
-    assert evaluate._margin(np.array([True] * 50)) == 0.0
-    half = evaluate._margin(np.array([True, False] * 50))
+    assert margin(np.array([True] * 50)) == 0.0
+    half = margin(np.array([True, False] * 50))
     assert half == pytest.approx(1.96 * 0.05)
 
 
@@ -100,7 +101,7 @@ def run(
     stack: Stack, judge: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[Row]]:
     out = tmp_path_factory.mktemp("evaluation") / "new"
-    return out, concepts(stack, judge, count=3, seed=2, out=out, prior=PriorSettings(steps=2))
+    return out, concepts.run(stack, judge, count=3, seed=2, out=out, prior=PriorSettings(steps=2))
 
 
 def test_a_run_compares_the_prior_with_baselines_and_ceiling(run: tuple[Path, list[Row]]) -> None:
@@ -135,7 +136,7 @@ def test_a_run_repeats_itself_and_reports_its_progress(
     run: tuple[Path, list[Row]], stack: Stack, judge: torch.nn.Module
 ) -> None:
     said: list[str] = []
-    again = concepts(stack, judge, count=3, seed=2, prior=PriorSettings(steps=2), progress=said.append)
+    again = concepts.run(stack, judge, count=3, seed=2, prior=PriorSettings(steps=2), progress=said.append)
     assert again == run[1]
     assert said[0] == "sampling the prior"
     assert [re.sub(":.*", "", text) for text in said[1:]] == ["drawing 3 pictures"] * 4
@@ -143,7 +144,7 @@ def test_a_run_repeats_itself_and_reports_its_progress(
 
 def test_the_ceiling_and_the_baselines_are_what_they_are_called(stack: Stack) -> None:
     cases = concept_cases(4, 1)
-    methods = dict(evaluate._methods(stack, cases, [1, 2, 3, 4], PriorSettings(steps=1)))
+    methods = dict(concepts._methods(stack, cases, [1, 2, 3, 4], PriorSettings(steps=1)))
     average, side_by_side = methods["average of the parts' tokens"], methods["parts' tokens side by side"]
     for case, mean, joined in zip(cases, average, side_by_side, strict=True):
         tokens = joined.unflatten(0, (len(case.given), -1))
@@ -153,7 +154,7 @@ def test_the_ceiling_and_the_baselines_are_what_they_are_called(stack: Stack) ->
 
 
 def test_weights_are_accepted_by_what_their_pictures_show(stack: Stack, judge: torch.nn.Module) -> None:
-    figures = evaluate.accepted(stack, judge, count=2, seed=2)
+    figures = concepts.accepted(stack, judge, count=2, seed=2)
     assert set(figures) == {
         "ip_prior.safetensors",
         "ip_adapter_plus.safetensors",

@@ -1,8 +1,4 @@
-"""The tables that the papers argue with, measured on the miniature: `pit evaluate`.
-
-Every table has its baselines, its ceiling, the number of samples and the seed; pictures of the first rows are
-kept beside it, because figures alone persuade nobody.
-"""
+"""Parts kept and valid creatures: the IP-Prior against averaging and concatenating the parts' tokens."""
 
 from __future__ import annotations
 
@@ -16,18 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .concepts import Job, PriorSettings, Stack, picture_seed, prepare_parts, sample_jobs
-from .errors import PitError
-from .files import write_text_atomic
-from .miniature import critters, reader
-from .miniature.batches import to_pixels
-from .miniature.captions import caption
-from .miniature.critters import Critter
-from .miniature.data import Picture, concept_critter, part_view
-from .pictures import SheetRow, Tile, contact_sheet, save_png
+from ..concepts import Job, PriorSettings, Stack, picture_seed, prepare_parts, sample_jobs
+from ..files import write_text_atomic
+from ..miniature import critters, reader
+from ..miniature.captions import caption
+from ..miniature.critters import Critter
+from ..miniature.data import concept_critter, part_view
+from ..pictures import SheetRow, Tile, contact_sheet, save_png
+from .common import EVALUATION, MOST, check_whole, drawn, margin, own_tokens, pixels_of
 
-EVALUATION = 9_000  # added to the user's seed, away from the training sets' seeds
-MOST = 10_000  # cases; two seeds' noises never overlap
 PART_SIZE = 256
 
 
@@ -58,14 +51,9 @@ def concept_cases(count: int, seed: int) -> list[ConceptCase]:
 
     Raises PitError for a count or a seed out of range.
     """
-    _check_whole("count", count, 1, MOST)
-    _check_whole("seed", seed, 0, 2**32)
+    check_whole("count", count, 1, MOST)
+    check_whole("seed", seed, 0, 2**32)
     return [_concept_case(EVALUATION + seed, index) for index in range(count)]
-
-
-def _check_whole(name: str, value: int, least: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise PitError(f"Expected the {name} as a whole number from {least} to {most}, got {value!r}.")
 
 
 def _concept_case(seed: int, index: int) -> ConceptCase:
@@ -79,7 +67,7 @@ def _concept_case(seed: int, index: int) -> ConceptCase:
     return ConceptCase(critter, given, parts)
 
 
-def concepts(
+def run(
     stack: Stack,
     judge: torch.nn.Module,
     *,
@@ -101,7 +89,7 @@ def concepts(
     progress("sampling the prior")
     for method, tokens in _methods(stack, cases, seeds, prior or PriorSettings()):
         progress(f"drawing {count} pictures: {method}")
-        images = _drawn(stack, tokens, [picture_seed(s) for s in seeds])
+        images = drawn(stack, tokens, [picture_seed(s) for s in seeds])
         rows.append(_row(method, judge, images, cases))
         grids.append(images)
     if out is not None:
@@ -121,13 +109,16 @@ def accepted(
     wholes = [replace(case, given=tuple(case.critter.parts())) for case in cases]
     seeds = [MOST * seed + index for index in range(count)]
     noise = [picture_seed(s) for s in seeds]
-    sampled, own = _sampled(stack, cases, seeds, PriorSettings()), _own(stack, cases)
-    drawn = {
-        "ip_prior.safetensors": (_drawn(stack, sampled, noise), cases),
-        "ip_adapter_plus.safetensors": (_drawn(stack, own, noise), wholes),
+    sampled, own = (
+        _sampled(stack, cases, seeds, PriorSettings()),
+        own_tokens(stack, [case.critter for case in cases]),
+    )
+    pictures = {
+        "ip_prior.safetensors": (drawn(stack, sampled, noise), cases),
+        "ip_adapter_plus.safetensors": (drawn(stack, own, noise), wholes),
         "unet/diffusion_pytorch_model.safetensors": (_from_captions(stack, wholes, noise), wholes),
     }
-    rows = {name: _row(name, judge, images, shown) for name, (images, shown) in drawn.items()}
+    rows = {name: _row(name, judge, images, shown) for name, (images, shown) in pictures.items()}
     return {
         name: {"parts_kept": row.kept, "valid": row.valid, "accepted_on": count, "accepted_seed": seed}
         for name, row in rows.items()
@@ -156,7 +147,7 @@ def _methods(
         ("IP-Prior", _sampled(stack, cases, seeds, settings)),
         ("average of the parts' tokens", [tokens.mean(0) for tokens in given]),
         ("parts' tokens side by side", [tokens.flatten(0, 1) for tokens in given]),
-        ("ceiling: the true concept's tokens", _own(stack, cases)),
+        ("ceiling: the true concept's tokens", own_tokens(stack, [case.critter for case in cases])),
     ]
 
 
@@ -168,30 +159,10 @@ def _sampled(
     return list(torch.cat(sample_jobs(stack, jobs, settings)))
 
 
-def _own(stack: Stack, cases: Sequence[ConceptCase]) -> list[Tensor]:
-    """The tokens (T, D) of each true critter's own picture."""
-    return list(stack.encode([Image.fromarray(Picture(case.critter).draw()) for case in cases]))
-
-
-def _drawn(stack: Stack, tokens: Sequence[Tensor], seeds: Sequence[int]) -> list[Image.Image]:
-    """Pictures of token rows (T, D) of any lengths, in order; rows of equal length share batches."""
-    images: dict[int, Image.Image] = {}
-    for length in sorted({len(row) for row in tokens}):
-        rows = [index for index, row in enumerate(tokens) if len(row) == length]
-        drawn = stack.renderer.render(
-            torch.stack([tokens[index] for index in rows]),
-            stack.null("grey"),
-            stack.defaults,
-            seeds=[seeds[index] for index in rows],
-        )
-        images |= dict(zip(rows, drawn, strict=True))
-    return [images[index] for index in range(len(tokens))]
-
-
 def _row(
     method: str, judge: torch.nn.Module, images: Sequence[Image.Image], cases: Sequence[ConceptCase]
 ) -> Row:
-    pixels = to_pixels(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    pixels = pixels_of(images)
     readings = reader.read(judge, pixels)
     whole, given = [case.critter for case in cases], [case.given for case in cases]
     kept, valid = readings.kept(whole, given), readings.valid()
@@ -199,18 +170,12 @@ def _row(
     return Row(
         method=method,
         kept=float(kept.mean()),
-        kept_margin=_margin(kept),
+        kept_margin=margin(kept),
         valid=float(valid.mean()),
-        valid_margin=_margin(valid),
+        valid_margin=margin(valid),
         shape_kept=float(shape.mean()),
         colour_kept=float(colour.mean()),
     )
-
-
-def _margin(flags: np.ndarray) -> float:
-    """Half width of the 95% interval of a share (normal approximation)."""
-    share = float(flags.mean())
-    return 1.96 * (share * (1 - share) / len(flags)) ** 0.5
 
 
 def table(rows: Sequence[Row]) -> str:
