@@ -34,3 +34,34 @@ def concepts(
         progress=lambda text: typer.echo(text, err=True),
     )
     typer.echo(table.table(rows))
+
+
+@app.command("directions")
+@plain_errors
+def directions(
+    attribute: Annotated[
+        list[str], typer.Option(help="build, style or scene; all by default.", show_default=False)
+    ] = [],  # noqa: B006 - typer reads it, nobody changes it
+    count: Annotated[int, typer.Option(help="Held-out critters.")] = 100,
+    pile: Annotated[int, typer.Option(help="Pictures a side that each direction is found from.")] = 50,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the table and pictures.", show_default=False)
+    ] = None,
+) -> None:
+    """An attribute against the step along its direction, found in IP+ space and in CLIP's."""
+    from ..evaluate import directions as table
+    from ..miniature.attributes import ATTRIBUTES
+    from ..miniature.models import load_reader, load_stack
+
+    rows = table.run(
+        load_stack(),
+        load_reader("judge"),
+        attributes=attribute or tuple(ATTRIBUTES),
+        count=count,
+        seed=seed,
+        pile=pile,
+        out=out,
+        progress=lambda text: typer.echo(text, err=True),
+    )
+    typer.echo(table.table(rows))

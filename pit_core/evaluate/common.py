@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..concepts import Stack
 from ..errors import PitError
 from ..miniature.batches import to_pixels
-from ..miniature.critters import Critter
+from ..miniature.critters import Critter, caption
 from ..miniature.data import Picture
 
 EVALUATION = 9_000  # added to the user's seed, away from the training sets' seeds
@@ -43,6 +44,16 @@ def drawn(stack: Stack, tokens: Sequence[Tensor], seeds: Sequence[int]) -> list[
         )
         images |= dict(zip(rows, made, strict=True))
     return [images[index] for index in range(len(tokens))]
+
+
+def from_captions(stack: Stack, critters: Sequence[Critter], seeds: Sequence[int]) -> list[Image.Image]:
+    """What the UNet draws of the critters' full captions alone."""
+    nothing = stack.null("grey")
+    images = []
+    for critter, seed in zip(critters, seeds, strict=True):
+        settings = replace(stack.defaults, prompt=caption(critter), weight=0.0)
+        images += stack.renderer.render(nothing, nothing, settings, seeds=[seed])
+    return images
 
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:

@@ -15,11 +15,10 @@ from torch import Tensor
 from ..concepts import Job, PriorSettings, Stack, picture_seed, prepare_parts, sample_jobs
 from ..files import write_text_atomic
 from ..miniature import critters, reader
-from ..miniature.captions import caption
 from ..miniature.critters import Critter
 from ..miniature.data import concept_critter, part_view
 from ..pictures import SheetRow, Tile, contact_sheet, save_png
-from .common import EVALUATION, MOST, check_whole, drawn, margin, own_tokens, pixels_of
+from .common import EVALUATION, MOST, check_whole, drawn, from_captions, margin, own_tokens, pixels_of
 
 PART_SIZE = 256
 
@@ -116,23 +115,13 @@ def accepted(
     pictures = {
         "ip_prior.safetensors": (drawn(stack, sampled, noise), cases),
         "ip_adapter_plus.safetensors": (drawn(stack, own, noise), wholes),
-        "unet/diffusion_pytorch_model.safetensors": (_from_captions(stack, wholes, noise), wholes),
+        "unet/diffusion_pytorch_model.safetensors": (from_captions(stack, critters, noise), wholes),
     }
     rows = {name: _row(name, judge, images, shown) for name, (images, shown) in pictures.items()}
     return {
         name: {"parts_kept": row.kept, "valid": row.valid, "accepted_on": count, "accepted_seed": seed}
         for name, row in rows.items()
     }
-
-
-def _from_captions(stack: Stack, cases: Sequence[ConceptCase], seeds: Sequence[int]) -> list[Image.Image]:
-    """What the UNet draws of the critters' full captions alone."""
-    nothing = stack.null("grey")
-    images = []
-    for case, seed in zip(cases, seeds, strict=True):
-        settings = replace(stack.defaults, prompt=caption(case.critter), weight=0.0)
-        images += stack.renderer.render(nothing, nothing, settings, seeds=[seed])
-    return images
 
 
 def _methods(

@@ -86,10 +86,22 @@ class Readings:
 @torch.no_grad()
 def read(reader: Callable[[Tensor], Tensor], pixels: Tensor, chunk: int = 64) -> Readings:
     """Read pictures (B, 3, 128, 128) in [-1, 1]."""
-    parts = [split(reader(rows).float()) for rows in pixels.split(chunk)]
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    joined = _outputs(reader, pixels, chunk)
     arrays = {name: joined[name].argmax(-1).numpy() for name in ("state", "colour", "style", "scene")}
     return Readings(**arrays, build=joined["build"].numpy())
+
+
+@torch.no_grad()
+def shares(reader: Callable[[Tensor], Tensor], pixels: Tensor, chunk: int = 64) -> dict[str, np.ndarray]:
+    """How much of each style (B, 5) and scene (B, 7) a reader sees, in [0, 1], and the build (B,)."""
+    joined = _outputs(reader, pixels, chunk)
+    seen = {name: joined[name].softmax(-1).numpy() for name in ("style", "scene")}
+    return {**seen, "build": joined["build"].numpy()}
+
+
+def _outputs(reader: Callable[[Tensor], Tensor], pixels: Tensor, chunk: int) -> dict[str, Tensor]:
+    parts = [split(reader(rows).float()) for rows in pixels.split(chunk)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def accuracy(readings: Readings, labels: np.ndarray) -> dict[str, float]:
