@@ -31,7 +31,7 @@ from pit_core.ip_adapter.resampler import ImageProjection, Resampler
 from pit_core.train.base_model import load_base
 from pit_core.train.captioned import Captioned, Picture, Shards, centre_square, read_rows, scan
 from pit_core.train.config import from_mapping
-from pit_core.train.ip_adapter import Dropout, IPAdapterObjective, noise_loss
+from pit_core.train.ip_adapter import Dropout, IPAdapterObjective, drop_rows, noise_loss
 from pit_core.train.ip_adapter_run import AdapterSettings, run
 from pit_core.train.loop import Draws, Item, LoopConfig, train
 from pit_core.train.plot import read_log, smoothed
@@ -298,7 +298,8 @@ def test_drops_image_text_or_both_each_with_its_own_probability() -> None:
     values = {
         name: tensor[:1].expand(rows, *tensor.shape[1:]) for name, tensor in examples(objective.unet).items()
     }
-    dropped = objective._drop(values, Draws(0, 0, slice(0, rows), rows).rand())
+    chance = Draws(0, 0, slice(0, rows), rows).rand()
+    dropped = drop_rows(values, chance, objective.dropout, objective.nulls)
     image = (dropped["features"] == 9.0).flatten(1).all(1)
     text = (dropped["text"] == 8.0).flatten(1).all(1)
     pooled = (dropped["pooled"] == 7.0).all(1)

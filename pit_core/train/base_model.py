@@ -15,8 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PitError
+from ..files import sha256_of
 from ..ip_adapter.encode import ImageEncoder, null_pixels
 from ..render import load_part
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OF_PRECISION = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+"""The loop's precision -> the dtype in which frozen models run beside it."""
 
 
 @dataclass
@@ -71,6 +76,18 @@ def _schedule(folder: Path) -> Tensor:
     if predicts != "epsilon":
         raise PitError(f"'{folder.parent}' predicts {predicts}; adapters are trained on epsilon models only.")
     return scheduler.alphas_cumprod
+
+
+def encoders_identity(folder: Path, encoders: Encoders) -> list[Any]:
+    """What encoded tensors depend on besides pictures, captions and dtype: hashes, for a cache's key."""
+    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    files = {
+        f"{name}/{file.name}": sha256_of(file)
+        for name in names
+        for file in sorted((folder / name).glob("*"))
+        if file.suffix in (".safetensors", ".bin", ".json", ".txt") and file.is_file()
+    }
+    return [files, [encoders.vision.content_hash, encoders.vision.mean, encoders.vision.std]]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ..errors import PitError
 from ..files import existing_file, save_tensors, sha256_of, write_text_atomic
 from ..parts.canvas import flatten
 from ..pictures import read_picture
-from .loop import Item
+from .loop import Data, Item
 
 Tensors = dict[str, Tensor]
 
@@ -67,19 +67,22 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     Raises PitError for a file that is neither, and for a row without image_file and text, naming its number.
     """
     path = existing_file(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if text.lstrip().startswith("["):
-            values = list(enumerate(json.loads(text), start=1))
-        else:
-            lines = enumerate(text.split("\n"), start=1)
-            values = [(number, json.loads(line)) for number, line in lines if line.strip()]
-    except (ValueError, RecursionError) as error:
-        raise PitError(f"'{path.name}' is neither a JSON list nor JSON lines ({error}).") from error
-    rows = [_row(value, number, path.name) for number, value in values]
+    rows = [_row(value, number, path.name) for number, value in read_json_rows(path)]
     if not rows:
         raise PitError(f"'{path.name}' holds no rows; expected {{image_file, text}} ones.")
     return rows
+
+
+def read_json_rows(path: Path) -> list[tuple[int, Any]]:
+    """The values of a JSON list or of JSON lines with their numbers from 1; PitError for what is neither."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("["):
+            return list(enumerate(json.loads(text), start=1))
+        lines = enumerate(text.split("\n"), start=1)
+        return [(number, json.loads(line)) for number, line in lines if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise PitError(f"'{path.name}' is neither a JSON list nor JSON lines ({error}).") from error
 
 
 def _row(value: Any, number: int, name: str) -> Row:
@@ -104,14 +107,7 @@ def scan(
     What was found is kept in the file `index`, so that another run only looks at new and changed files.
     Raises PitError when no picture can be read.
     """
-    known = _read_index(index)
-    from tqdm.auto import tqdm
-
-    names = list(dict.fromkeys(row.image_file for row in rows))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        entries = pool.map(lambda name: _look(images / name, known.get(name)), names)
-        found = dict(zip(names, tqdm(entries, "looking at pictures", len(names), disable=quiet), strict=True))
-    write_text_atomic(index, json.dumps(found))
+    found = look_at([row.image_file for row in rows], images, index, quiet=quiet)
     pictures, skipped = [], []
     for row in rows:
         entry = found[row.image_file]
@@ -120,10 +116,25 @@ def scan(
         else:
             size = (entry["sha256"], entry["width"], entry["height"])
             pictures.append(Picture(images / row.image_file, row.text, *size))
-    _report(skipped, len(rows))
+    report_skipped(skipped, len(rows))
     if not pictures:
         raise PitError(f"None of the {len(rows)} pictures can be read; the first: {skipped[0].reason}")
     return pictures, skipped
+
+
+def look_at(
+    names: Iterable[str], images: Path, index: Path, *, quiet: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Each picture's {sha256, width, height}, or {error}, kept in the file `index` as `scan` does."""
+    from tqdm.auto import tqdm
+
+    known = _read_index(index)
+    names = list(dict.fromkeys(names))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        entries = pool.map(lambda name: _look(images / name, known.get(name)), names)
+        found = dict(zip(names, tqdm(entries, "looking at pictures", len(names), disable=quiet), strict=True))
+    write_text_atomic(index, json.dumps(found))
+    return found
 
 
 def _read_index(index: Path) -> dict[str, Any]:
@@ -150,11 +161,12 @@ def _look(path: Path, known: Any) -> dict[str, Any]:
         return {"stamp": stamp, "error": str(error)}
 
 
-def _report(skipped: Sequence[Skipped], total: int) -> None:
+def report_skipped(skipped: Sequence[Skipped], total: int, what: str = "rows") -> None:
+    """Warn of what is left out, if anything is; the first three reasons are named."""
     if skipped:
         shown = " ".join(item.reason for item in skipped[:3])
         more = f" (and {len(skipped) - 3} more)" if len(skipped) > 3 else ""
-        warnings.warn(f"{len(skipped)} of {total} rows are left out: {shown}{more}", stacklevel=2)
+        warnings.warn(f"{len(skipped)} of {total} {what} are left out: {shown}{more}", stacklevel=2)
 
 
 def save_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
@@ -171,12 +183,22 @@ def centre_square(image: Image.Image, side: int) -> tuple[Image.Image, list[int]
     The ids are (original height, original width, crop top, crop left, side, side). Podell et al. 2023, "SDXL"
     (arXiv 2307.01952), section 2.2. Transparency is laid on white.
     """
-    width, height = image.size
-    scale = side / min(width, height)
-    size = (max(side, round(width * scale)), max(side, round(height * scale)))
-    left, top = (size[0] - side) // 2, (size[1] - side) // 2
-    resized = flatten(image).resize(size, Image.Resampling.LANCZOS)
-    return resized.crop((left, top, left + side, top + side)), [height, width, top, left, side, side]
+    square, (left, top) = centre_crop(image, (side, side))
+    return square, [image.height, image.width, top, left, side, side]
+
+
+def centre_crop(image: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
+    """The picture scaled until it covers `size` (width, height), and its middle: RGB, with (left, top)."""
+    scale = max(size[0] / image.width, size[1] / image.height)
+    width, height = max(size[0], round(image.width * scale)), max(size[1], round(image.height * scale))
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    resized = flatten(image).resize((width, height), Image.Resampling.LANCZOS)
+    return resized.crop((left, top, left + size[0], top + size[1])), (left, top)
+
+
+def as_pixels(image: Image.Image) -> Tensor:
+    """An RGB picture as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # HWC -> CHW
 
 
 class Captioned:
@@ -212,11 +234,20 @@ class Captioned:
     def _one(self, picture: Picture) -> tuple[Tensor, Tensor, list[int]]:
         image = flatten(read_picture(picture.path))
         square, time_ids = centre_square(image, self.resolution)
-        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # HWC -> CHW
-        return pixels, self.preprocess(image), time_ids
+        return as_pixels(square), self.preprocess(image), time_ids
 
 
 # encoded once
+
+
+class Content(Protocol):
+    """What a shard's name depends on: an example's text, and the SHA-256 of its pictures."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def sha256(self) -> str: ...
 
 
 class Shards:
@@ -226,7 +257,7 @@ class Shards:
     and settings that encoded them). So a shard is right or absent, and an interrupted build goes on.
     """
 
-    def __init__(self, folder: Path, pictures: Sequence[Picture], key: str, size: int = 64) -> None:
+    def __init__(self, folder: Path, pictures: Sequence[Content], key: str, size: int = 64) -> None:
         self.folder, self.pictures, self.key, self.size = folder, pictures, key, size
         starts = range(0, len(pictures), size)
         self.names = [self._name(pictures[start : start + size]) for start in starts]
@@ -249,7 +280,7 @@ class Shards:
     def build(
         self,
         numbers: Iterable[int],
-        source: Captioned,
+        source: Data,
         encode: Callable[[Tensors], Tensors],
         *,
         batch_size: int = 8,
@@ -268,7 +299,7 @@ class Shards:
         rows = [self._read(index) for _, index in items]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _name(self, pictures: Sequence[Picture]) -> str:
+    def _name(self, pictures: Sequence[Content]) -> str:
         digest = sha256(self.key.encode())
         for picture in pictures:
             digest.update(f"{picture.sha256} {sha256(picture.text.encode()).hexdigest()}\n".encode())
@@ -290,3 +321,19 @@ class Shards:
             self._open[number] = safe_open(str(self.folder / self.names[number]), framework="pt")
         self._open.move_to_end(number)
         return self._open[number]
+
+
+def build_together(
+    shards: Shards, source: Data, encode: Callable[[Tensors], Tensors], state: Any, *, quiet: bool = False
+) -> None:
+    """Build what is missing, each process its share. state: accelerate's PartialState; `encode` takes and
+    gives tensors on its device."""
+    from tqdm.auto import tqdm
+
+    def on_device(raw: Tensors) -> Tensors:
+        return encode({name: values.to(state.device) for name, values in raw.items()})
+
+    mine = shards.missing()[state.process_index :: state.num_processes]
+    state.wait_for_everyone()  # nobody writes before everybody has seen what is missing
+    shards.build(tqdm(mine, "encoding", disable=quiet or not state.is_main_process), source, on_device)
+    state.wait_for_everyone()

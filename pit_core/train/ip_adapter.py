@@ -81,7 +81,7 @@ class IPAdapterObjective(Objective):
         self.context = install_ip_adapter(unet)
         self.context.train = True
         self.adapter.layers.check_fits(self.context.layers, self.adapter.name)
-        self.needs_sdxl = getattr(unet.config, "addition_embed_type", None) == "text_time"
+        self.needs_sdxl = reads_sizes(unet)
         if self.needs_sdxl and null_pooled is None:
             raise PitError(
                 "An SDXL UNet reads a pooled text embedding; give the empty prompt's as null_pooled."
@@ -92,6 +92,11 @@ class IPAdapterObjective(Objective):
             copy = None if null is None else null.detach().clone()
             self.register_buffer(f"null_{name}", copy, persistent=False)
 
+    @property
+    def nulls(self) -> dict[str, Tensor | None]:
+        """What the rows of each entry turn into when they are dropped."""
+        return {"features": self.null_features, "text": self.null_text, "pooled": self.null_pooled}
+
     def train_mode(self) -> None:
         """Only the adapter trains; a UNet's dropout and the like stay off."""
         self.eval()
@@ -99,8 +104,9 @@ class IPAdapterObjective(Objective):
 
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
         """{"loss"}: the mean over rows, channels and pixels, in float32."""
-        self._check(batch)
-        batch = self._drop(batch, draws.rand())
+        shapes = {"features": tuple(self.null_features.shape), "text": tuple(self.null_text.shape)}
+        check_batch(batch, self.unet, shapes)
+        batch = drop_rows(batch, draws.rand(), self.dropout, self.nulls)
         latents = batch["latents"].float()
         noise = draws.randn(*latents.shape[1:])
         t = draws.randint(len(self.alphas_cumprod))
@@ -108,7 +114,7 @@ class IPAdapterObjective(Objective):
         tokens = self.adapter(batch["features"].to(next(self.adapter.parameters()).dtype))
         # Not cleared afterwards: gradient checkpointing runs the UNet once more on the way back.
         self.context.set_tokens(tokens, adapter=self.adapter)
-        predicted = self._predict(add_noise(latents, noise, alphas), t, batch)
+        predicted = predict_noise(self.unet, add_noise(latents, noise, alphas), t, batch)
         return {"loss": noise_loss(predicted, noise, alphas, self.snr_limit)}
 
     def save(
@@ -120,40 +126,55 @@ class IPAdapterObjective(Objective):
         """Write the adapter in the released layout, as safetensors; `dtype` None keeps the weights' own."""
         save_ip_adapter(path, self.adapter, dtype=dtype, metadata=metadata)
 
-    def _predict(self, noisy: Tensor, t: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        dtype = next(self.unet.parameters()).dtype
-        added = None
-        if self.needs_sdxl:
-            # Sizes in pixels stay in float32: bfloat16 cannot tell 1023 from 1024.
-            added = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"].float()}
-        text = batch["text"].to(dtype)
-        out = self.unet(noisy.to(dtype), t, encoder_hidden_states=text, added_cond_kwargs=added)
-        return out.sample
 
-    def _drop(self, batch: dict[str, Tensor], chance: Tensor) -> dict[str, Tensor]:
-        """Replace what a row loses: chance (B,) in [0, 1) falls into one of image, text, both, nothing."""
-        p = self.dropout
-        both = (chance >= p.image + p.text) & (chance < p.image + p.text + p.both)
-        image = (chance < p.image) | both
-        text = ((chance >= p.image) & (chance < p.image + p.text)) | both
-        dropped = {
-            **batch,
-            "features": _replace(batch["features"], image, self.null_features),
-            "text": _replace(batch["text"], text, self.null_text),
-        }
-        if self.needs_sdxl and self.null_pooled is not None:
-            dropped["pooled"] = _replace(batch["pooled"], text, self.null_pooled)
-        return dropped
+def reads_sizes(unet: nn.Module) -> bool:
+    """Whether a UNet reads a pooled text embedding and picture sizes, as SDXL's does."""
+    return getattr(unet.config, "addition_embed_type", None) == "text_time"
 
-    def _check(self, batch: dict[str, Tensor]) -> None:
-        wanted = {"latents", "text", "features"} | ({"pooled", "time_ids"} if self.needs_sdxl else set())
-        missing = sorted(wanted - batch.keys())
-        if missing:
-            raise PitError(f"A training batch for this UNet lacks {', '.join(missing)}.")
-        for name in ("features", "text"):
-            got, null = tuple(batch[name].shape[1:]), tuple(getattr(self, f"null_{name}").shape)
-            if got != null:
-                raise PitError(f"Expected {name} of shape {('B', *null)}, got {('B', *got)} in the batch.")
+
+def check_batch(batch: Mapping[str, Tensor], unet: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise PitError for a batch that lacks what this UNet reads, or whose rows have other shapes."""
+    wanted = {"latents", "text", *shapes} | ({"pooled", "time_ids"} if reads_sizes(unet) else set())
+    missing = sorted(wanted - batch.keys())
+    if missing:
+        raise PitError(f"A training batch for this UNet lacks {', '.join(missing)}.")
+    for name, shape in shapes.items():
+        got = tuple(batch[name].shape[1:])
+        if got != shape:
+            raise PitError(f"Expected {name} of shape {('B', *shape)}, got {('B', *got)} in the batch.")
+
+
+def drop_rows(
+    batch: dict[str, Tensor], chance: Tensor, dropout: Dropout, nulls: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Replace what a row loses: chance (B,) in [0, 1) falls into one of image, text, both, nothing.
+
+    nulls: "text", "pooled" and the image's entry -> what a row's turns into; an entry of None is left alone.
+    """
+    p = dropout
+    both = (chance >= p.image + p.text) & (chance < p.image + p.text + p.both)
+    image = (chance < p.image) | both
+    text = ((chance >= p.image) & (chance < p.image + p.text)) | both
+    dropped = {
+        name: _replace(batch[name], text if name in ("text", "pooled") else image, null)
+        for name, null in nulls.items()
+        if null is not None and name in batch
+    }
+    return {**batch, **dropped}
+
+
+def predict_noise(unet: nn.Module, noisy: Tensor, t: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """The noise that a UNet of diffusers sees in noisy latents (B, C, h, w), computed in its own dtype.
+
+    batch: "text" (B, T, C), and for SDXL "pooled" (B, P) and "time_ids" (B, 6).
+    """
+    dtype = next(unet.parameters()).dtype
+    added = None
+    if reads_sizes(unet):
+        # Sizes in pixels stay in float32: bfloat16 cannot tell 1023 from 1024.
+        added = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"].float()}
+    text = batch["text"].to(dtype)
+    return unet(noisy.to(dtype), t, encoder_hidden_states=text, added_cond_kwargs=added).sample
 
 
 def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from ..errors import PitError
-from ..files import sha256_of
 from ..ip_adapter.adapter import IPAdapter, new_ip_adapter
 from ..ip_adapter.checkpoint import check_encoder, describe_adapter, load_ip_adapter
 from ..ip_adapter.encode import load_image_encoder, preprocess
 from ..ip_adapter.resampler import ImageProjection, Resampler
-from .base_model import BaseModel, Encoders, Nulls, load_base
-from .captioned import Captioned, Picture, Shards, read_rows, save_skipped, scan
+from .base_model import DTYPES, OF_PRECISION, BaseModel, Encoders, Nulls, encoders_identity, load_base
+from .captioned import Captioned, Picture, Shards, build_together, read_rows, save_skipped, scan
 from .config import read_config
 from .ip_adapter import Dropout, IPAdapterObjective
 from .loop import Data, Draws, LoopConfig, Result, train
@@ -30,8 +29,6 @@ from .plot import plot_losses
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OF_PRECISION = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 CACHE_VERSION = 1
 PUBLISHED = "ip_adapter.safetensors"
 
@@ -161,7 +158,8 @@ def _prepare(
     live = _live(settings, base, encoders, pictures)
     data: Data = live
     if settings.cache is not None:
-        data = _cached(settings.cache, settings, encoders, live, state, quiet=quiet)
+        data = Shards(settings.cache, pictures, _cache_key(settings, encoders, live.resolution))
+        build_together(data, live, encoders, state, quiet=quiet)
     return _objective(settings, base, adapter, encoders, nulls), data
 
 
@@ -222,34 +220,10 @@ def _live(
     return Captioned(pictures, resolution, encoders.tokenize, clip)
 
 
-def _cached(
-    folder: Path, settings: AdapterSettings, encoders: Encoders, source: Captioned, state: Any, *, quiet: bool
-) -> Shards:
-    from tqdm.auto import tqdm
-
-    shards = Shards(folder, source.pictures, _cache_key(settings, encoders, source.resolution))
-    mine = shards.missing()[state.process_index :: state.num_processes]
-
-    def encode(raw: dict[str, Tensor]) -> dict[str, Tensor]:
-        return encoders({name: values.to(state.device) for name, values in raw.items()})
-
-    state.wait_for_everyone()  # nobody writes before everybody has seen what is missing
-    shards.build(tqdm(mine, "encoding", disable=quiet or not state.is_main_process), source, encode)
-    state.wait_for_everyone()
-    return shards
-
-
 def _cache_key(settings: AdapterSettings, encoders: Encoders, resolution: int) -> str:
     """Everything that the encoded tensors depend on, besides the pictures and captions."""
-    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    files = {
-        f"{name}/{file.name}": sha256_of(file)
-        for name in names
-        for file in sorted((settings.base / name).glob("*"))
-        if file.suffix in (".safetensors", ".bin", ".json", ".txt") and file.is_file()
-    }
-    vision = [encoders.vision.content_hash, encoders.vision.mean, encoders.vision.std]
-    parts = [CACHE_VERSION, resolution, settings.adapter, str(settings.frozen_dtype), files, vision]
+    models = encoders_identity(settings.base, encoders)
+    parts = [CACHE_VERSION, resolution, settings.adapter, str(settings.frozen_dtype), *models]
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..errors import PitError
-from ..files import write_text_atomic
 from ..ip_prior.checkpoint import load_prior
 from ..ip_prior.info import PriorInfo
 from ..ip_prior.model import IPPrior, init_for_training
@@ -24,8 +21,9 @@ from .config import read_config
 from .events import EventLog
 from .ip_prior import IPPriorObjective
 from .ip_prior_check import flow_losses
-from .loop import LoopConfig, Result, latest_checkpoint, train
+from .loop import LoopConfig, Result, train
 from .plot import plot_losses
+from .same_run import refuse_another_run
 
 PUBLISHED = "ip_prior.safetensors"
 MOST_HELD_OUT = 10  # at most one whole of so many is held out
@@ -147,7 +145,6 @@ def _prior(settings: PriorSettings, tokens: int, width: int) -> IPPrior:
 def _refuse_another_run(
     settings: PriorSettings, data: TokenData, objective: IPPriorObjective, *, write: bool
 ) -> None:
-    """A resumed run is only exact with the same data; the loop itself compares its own settings."""
     now = {
         "tokens": sha256("\n".join(name for name, _ in data.index.shards).encode()).hexdigest(),
         "examples": len(data),
@@ -156,26 +153,7 @@ def _refuse_another_run(
         "prefix": settings.prefix,
         "cond_dropout": settings.cond_dropout,
     }
-    now = json.loads(json.dumps(now))
-    path = settings.out / "run.json"
-    if latest_checkpoint(settings.out) is None:
-        if write:
-            write_text_atomic(path, json.dumps(now, indent=1))
-        return
-    was = _read(path)
-    changed = [name for name, value in now.items() if was.get(name) != value]
-    if changed:
-        raise PitError(
-            f"'{settings.out}' was begun with other {', '.join(changed)} than these settings give; use the "
-            "same again, or another folder for out."
-        )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise PitError(f"'{path}' is missing or damaged; begin again in another folder.") from error
+    refuse_another_run(settings.out, now, write=write)
 
 
 def _publisher(
