@@ -41,6 +41,21 @@ def train_ip_prior(
     _tell(run(config), out / PUBLISHED)
 
 
+@app.command("ip-lora")
+@plain_errors
+def train_ip_lora(
+    config: Annotated[Path, typer.Option(help="A YAML file: models, targets with references, settings.")],
+) -> None:
+    """Train an IP-LoRA for SDXL, so that text is heard at full image weight; goes on where it stopped."""
+    from ..train.config import read_config
+    from ..train.ip_lora_run import PUBLISHED, IPLoRASettings, run
+    from .common import without_loading_bars
+
+    out = read_config(config, IPLoRASettings).out
+    without_loading_bars()
+    _tell(run(config), out / PUBLISHED)
+
+
 def _tell(result: Result, file: Path) -> None:
     """How a run has ended and where its model is; an interrupted one exits with 130."""
     from accelerate import PartialState
