@@ -15,6 +15,7 @@ from .common import (
     Dtype,
     ImageEncoder,
     Precision,
+    SdxlConfig,
     given_files,
     group,
     load_encoders,
@@ -62,6 +63,91 @@ def import_folder(
         typer.echo(f"left out: {item.reason}", err=True)
     parts = sum(len(whole.parts) for whole in wholes)
     typer.echo(f"{target}: {len(wholes)} wholes with {parts} parts, {len(skipped)} files left out")
+
+
+@app.command("generate")
+@plain_errors
+def generate(
+    domain: Annotated[
+        str,
+        typer.Argument(
+            help="characters, products, toys, a YAML file of your own templates, or critters: the miniature.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and their manifest.")] = Path("data"),
+    count: Annotated[
+        int | None, typer.Option(help="Wholes in all; 100, or all of --pictures.", min=1, show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of prompts and pictures.", min=0)] = 0,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="FLUX.1 or SDXL: a diffusers folder, or an SDXL file.", show_default=False),
+    ] = None,
+    sdxl_config: SdxlConfig = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="Folder of your own pictures instead of drawn ones.", show_default=False),
+    ] = None,
+    detector: Annotated[
+        Path | None, typer.Option(help="GroundingDINO, OWL-ViT or OWLv2, a folder.", show_default=False)
+    ] = None,
+    segmenter: Annotated[
+        Path | None, typer.Option(help="SAM or SAM 2, a folder.", show_default=False)
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(help="Folder of masks such as 000003_head.png, instead of both.", show_default=False),
+    ] = None,
+    drawn: Annotated[
+        bool, typer.Option("--drawn", help="critters: drawn by the world itself, not by the miniature.")
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps; the model's usual ones.", show_default=False)
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Text guidance; the model's usual one.", show_default=False)
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Side in pixels; the model's own.", show_default=False)
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="How sure the detector has to be, 0 to 1.", show_default=False)
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Pictures drawn at a time; 1, or 16 critters.", min=1, show_default=False),
+    ] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep on the GPU only the part that is at work.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Precision = Dtype.auto,
+) -> None:
+    """Draw wholes, find their parts, and write both with a manifest; goes on where an earlier run stopped.
+
+    The same seed and options give the same files. critters need no model files.
+    """
+    from ..parts.generate import generate as run
+    from ..parts.sources import FolderSource
+    from .part_sources import CRITTERS, Options, critters, from_files
+
+    own = given_files(
+        model=model,
+        pictures=pictures,
+        detector=detector,
+        segmenter=segmenter,
+        masks=masks,
+        sdxl_config=sdxl_config,
+    )
+    painting = {"steps": steps, "guidance": guidance, "size": size, "offload": offload or None}
+    tuned = {name: value for name, value in painting.items() if value is not None}
+    options = Options(domain, seed, batch, own, tuned, threshold, device, dtype)
+    source = critters(options, drawn=drawn) if domain == CRITTERS else from_files(options, drawn=drawn)
+    if isinstance(source, FolderSource):
+        count = min(count or source.count, source.count)
+    done = run(source, count or 100, out)
+    typer.echo(f"{out}: {done}")
 
 
 @app.command("show")
