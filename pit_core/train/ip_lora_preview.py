@@ -1,4 +1,4 @@
-"""What an IP-LoRA in training draws: some of its examples' references and prompts, as a contact sheet."""
+"""What an IP-LoRA in training draws for some examples, beside their references and targets, on one sheet."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Previews:
         except PitError as error:
             warnings.warn(f"There is no preview {path.name}: {error}", stacklevel=2)
             return
-        save_png(contact_sheet(rows), path)
+        save_png(contact_sheet(rows, columns=3), path)
 
     def _row(self, shown: Shown, seed: int) -> SheetRow:
         objective, settings = self.objective, self.settings
@@ -75,8 +75,12 @@ class Previews:
         objective.context.clear()  # the tokens of the last step
         tokens = shown.encoded["tokens"][None]
         picture = renderer.render(tokens, None, for_ip_lora(drawing), seeds=[seed])[0]
-        reference = Tile(read_picture(shown.example.ref), "reference")
-        return SheetRow([reference], [Tile(picture, shown.example.text)])
+        tiles = [
+            Tile(read_picture(shown.example.ref), "reference"),
+            Tile(read_picture(shown.example.path), "target"),
+            Tile(picture, "drawn"),
+        ]
+        return SheetRow([], tiles, shown.example.text or "(no text)")
 
     def _pipe(self) -> Any:
         """SDXL without its text encoders, which are no longer there."""
