@@ -365,12 +365,25 @@ def test_the_adapter_goes_on_from_the_shipped_one(out: Path, weights: Path, tmp_
     _, average = load_average(again / "adapter-further")
     assert all(torch.equal(further[name.removeprefix("adapter.")], value) for name, value in average.items())
 
-    train.main("prior", again)
+    train.main("prior-further", again)
     made_by = json.loads((again / "cache/tokens.json").read_text())["of"]
     assert made_by == trained.weights_of(again, "vision", "adapter-further")
     manifest = export(again, tmp_path / "exported", "adapter")
     stages = [stage["stage"] for stage in manifest["files"]["ip_adapter_plus.safetensors"]["stages"]]
     assert stages == ["adapter", "adapter-further"]
+    manifest = export(again, tmp_path / "exported", "prior")
+    assert [stage["stage"] for stage in manifest["files"]["ip_prior.safetensors"]["stages"]] == [
+        "prior",
+        "prior-further",
+    ]
+
+
+def test_the_prior_goes_on_from_the_shipped_one(out: Path, weights: Path, tmp_path: Path) -> None:
+    again = _fresh(out, tmp_path)
+    trained.start_from_shipped(again, weights)
+    shipped, _ = load_tensors(weights / "ip_prior.safetensors")
+    begun = trained.prior_before(again, "prior-further").state_dict()
+    assert all(torch.equal(begun[name], value.float()) for name, value in shipped.items())
 
 
 def test_the_adapter_goes_on_with_more_of_the_mirrored_critters(out: Path) -> None:

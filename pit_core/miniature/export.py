@@ -163,7 +163,7 @@ _WRITERS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], list[str]]]] =
     "encoders": (("vision",), _encoders),
     "unet": (trained.UNET_STAGES, _unet),
     "adapter": (trained.ADAPTER_STAGES, _adapter),
-    "prior": (("prior",), _prior),
+    "prior": (trained.PRIOR_STAGES, _prior),
     # The reader that served while tuning stays at home: figures come from the other one.
     "reader-judge": (("reader-judge",), _judge),
 }
@@ -175,6 +175,6 @@ _STAGES: dict[str, tuple[str, ...]] = {
     "text_encoder.safetensors": ("encoders",),
     "unet": trained.UNET_STAGES,
     "ip_adapter_plus.safetensors": trained.ADAPTER_STAGES,
-    "ip_prior.safetensors": ("prior",),
+    "ip_prior.safetensors": trained.PRIOR_STAGES,
     "reader_judge.safetensors": ("reader-judge",),
 }

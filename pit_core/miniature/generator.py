@@ -20,7 +20,7 @@ from scipy import ndimage
 
 from ..parts.canvas import flatten
 from ..parts.generate import Order, Rejected
-from ..parts.masks import Found, MaskFilter, Piece, choose_masks, cut_out
+from ..parts.masks import Found, MaskFilter, Piece, choose_masks, cut_out, fill_holes
 from ..parts.sketch import foreground
 from ..parts.sources import noise_seed
 from ..render import NEGATIVE
@@ -29,6 +29,7 @@ from .data import concept_critter
 from .models import DEFAULTS, WEIGHTS, check_weights, load_stack, load_text_encoder, prompt_encoder
 
 FIT = 0.6  # intersection over union of critter and picture below which the caption was not drawn
+DRAWN = 0.4  # share of a part's place that has to be coloured
 REACH = 8  # pixels from its place in the world beyond which nothing belongs to a part
 MASKS = MaskFilter(min_area=0.003, max_area=0.6, kernel=1, overlap=1.0)
 POSES = [
@@ -87,12 +88,14 @@ class PaintedCritters(DrawnCritters):
 
     def find(self, image: Image.Image, order: Order) -> list[Piece] | Rejected:  # type: ignore[override]
         critter = concept_critter(self.seed, order.index)
-        shown = _largest(foreground(image))
+        shown = fill_holes(_largest(foreground(image)))  # the white of an eye is foreground, too
         pose, fit = fitted_pose(critter, shown)
         if fit < FIT:
             return Rejected(f"The picture does not show '{order.prompt}' (it fits to {fit:.2f}).")
         found = part_masks(replace(critter, pose=pose), shown)
         chosen = choose_masks(found, MASKS)
+        if not chosen:
+            return Rejected(f"No part of '{order.prompt}' is to be seen.")
         bare = without_eyes(image, {each.kind: each.mask for each in found})
         return [cut_out(bare if each.kind == "body" else image, each) for each in chosen]
 
@@ -120,6 +123,7 @@ def part_masks(critter: Critter, shown: np.ndarray) -> list[Found]:
     """The parts of a critter in a picture where `shown` (H, W) bool is not white: each pixel to the nearest.
 
     A body keeps what its eyes cover. Of a pair of wings only one is taken, as an artist would cut it out.
+    A part that covers little of its place in the world was not drawn.
     """
     labels = label_map(critter)
     far, nearest = ndimage.distance_transform_edt(labels == 0, return_indices=True)
@@ -128,19 +132,22 @@ def part_masks(critter: Critter, shown: np.ndarray) -> list[Found]:
     found = []
     for number, kind in enumerate(BACK_TO_FRONT, start=1):
         mask = places == number
+        if critter.part(kind) is None or mask.sum() < DRAWN * (labels == number).sum():
+            continue
         if kind == "wings":
             mask = mask & (np.arange(CANVAS) >= CANVAS // 2 + critter.pose.dx)
         if kind != "eyes":  # two of them; of all else specks are left out
             mask = _largest(mask)
         if kind == "body":
             mask = mask | (covered & (places == BACK_TO_FRONT.index("eyes") + 1))
-        if critter.part(kind) is not None:
-            found.append(Found(kind, mask))
+        found.append(Found(kind, mask))
     return found
 
 
 def without_eyes(image: Image.Image, masks: Mapping[str, np.ndarray]) -> Image.Image:
     """The picture with the body's own colour where its eyes are, a little beyond their edges."""
+    if not {"body", "eyes"} <= masks.keys():
+        return image
     pixels = np.array(image.convert("RGB"))
     eyes = ndimage.binary_dilation(masks["eyes"], iterations=2) & masks["body"]
     skin = masks["body"] & ~eyes

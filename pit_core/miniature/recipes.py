@@ -76,7 +76,7 @@ RECIPES: dict[str, LoopConfig] = {
         save_every=500,
     ),
     "reader-judge": LoopConfig(
-        steps=8000,
+        steps=7000,
         batch_size=64,
         lr=1.5e-3,
         schedule="cosine",
@@ -151,6 +151,18 @@ RECIPES: dict[str, LoopConfig] = {
         ema_decay=0.998,
         precision="bf16",
         seed=8,
+        save_every=250,
+    ),
+    "prior-further": LoopConfig(
+        steps=3400,
+        batch_size=96,
+        lr=8e-4,
+        schedule="cosine",
+        warmup=100,
+        weight_decay=0.01,
+        ema_decay=0.998,
+        precision="bf16",
+        seed=18,
         save_every=250,
     ),
 }

@@ -28,6 +28,7 @@ from .sets import adapter_pictures, base_pictures, captioner, everything, pictur
 from .tokenizer import WordTokenizer
 from .trained import (
     ADAPTER_STAGES,
+    PRIOR_STAGES,
     UNET_STAGES,
     adapter_objective,
     alphas_cumprod,
@@ -35,6 +36,7 @@ from .trained import (
     base_latents,
     concept_tokens,
     first_vae,
+    prior_before,
     start_from_shipped,
     trained_adapter,
     trained_encoders,
@@ -232,18 +234,16 @@ def train_adapter(out: Path, stage: str, **options: Any) -> Result:
     return _train(stage, adapter_objective(out, image, text, earlier), batches, out, **options)
 
 
-def train_prior(out: Path, **options: Any) -> Result:
+def train_prior(out: Path, stage: str, **options: Any) -> Result:
     """The IP-Prior on the tokens of concepts and of their parts."""
-    torch.manual_seed(RECIPES["prior"].seed)
+    torch.manual_seed(RECIPES[stage].seed)
     image, _ = trained_encoders(out)
     adapter = trained_adapter(out)
     tokens = concept_tokens(out, image, adapter)
     with torch.no_grad():
         white = adapter(models.image_features(image, torch.ones(1, 3, models.CANVAS, models.CANVAS)))[0]
-    objective = IPPriorObjective(models.build_prior(), white=white)
-    return _train(
-        "prior", objective, Concepts(pictures(out, "concepts"), tokens, white, SLOTS), out, **options
-    )
+    objective = IPPriorObjective(prior_before(out, stage), white=white)
+    return _train(stage, objective, Concepts(pictures(out, "concepts"), tokens, white, SLOTS), out, **options)
 
 
 STAGES: dict[str, Callable[..., Result]] = {
@@ -255,5 +255,5 @@ STAGES: dict[str, Callable[..., Result]] = {
     "reader-judge": partial(train_reader, name="judge"),
     **{stage: partial(train_unet, stage=stage) for stage in UNET_STAGES},
     **{stage: partial(train_adapter, stage=stage) for stage in ADAPTER_STAGES},
-    "prior": train_prior,
+    **{stage: partial(train_prior, stage=stage) for stage in PRIOR_STAGES},
 }

@@ -74,6 +74,7 @@ _SHIPPED = {
     "vision": "image_encoder.safetensors",
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "adapter": "ip_adapter_plus.safetensors",
+    "prior": "ip_prior.safetensors",
 }
 
 
@@ -233,11 +234,29 @@ def _load_adapter(path: Path) -> IPAdapter:
     return load_ip_adapter(path, dtype=torch.float32)
 
 
+PRIOR_STAGES = ("prior", "prior-further")  # the second starts from the average of the first
+
+
+def prior_before(out: Path, stage: str) -> IPPrior:
+    """The IP-Prior that a stage starts from: new for the first, else of the newest stage before it."""
+    earlier = PRIOR_STAGES[: PRIOR_STAGES.index(stage)]
+    return _newest_prior(out, earlier) if earlier else models.build_prior()
+
+
 def trained_prior(out: Path) -> IPPrior:
-    """The IP-Prior, frozen."""
+    """The IP-Prior of its newest stage, frozen."""
+    return _newest_prior(out, PRIOR_STAGES).requires_grad_(False)
+
+
+def _newest_prior(out: Path, stages: Sequence[str]) -> IPPrior:
+    newest, shipped = _newest_of(out, stages), _shipped(out, "prior")
+    if shipped and not newest:
+        from ..ip_prior.checkpoint import load_prior
+
+        return load_prior(shipped, dtype=torch.float32)[0]
     prior = models.build_prior()
-    load_stage(IPPriorObjective(prior), out, "prior")
-    return prior.requires_grad_(False)
+    load_stage(IPPriorObjective(prior), out, newest or stages[0])
+    return prior
 
 
 def trained_reader(out: Path, name: str) -> nn.Module:
