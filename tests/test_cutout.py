@@ -103,6 +103,19 @@ def test_segmenters_give_a_mask_of_the_pictures_size_for_each_box(
     assert segmenter.masks(picture, []) == []
 
 
+def test_sam2_is_read_out_of_the_video_models_that_it_is_published_as(
+    folder: Callable[[str], Path], picture: Image.Image, tmp_path: Path
+) -> None:
+    tiny_finders.save_sam2(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "sam2_video", "architectures": ["Sam2VideoModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    video, still = (
+        load_segmenter(each).masks(picture, [(8, 4, 30, 28)]) for each in (tmp_path, folder("sam2"))
+    )
+    assert np.array_equal(video[0], still[0])
+
+
 @pytest.mark.parametrize("name", ["sam", "sam2"])
 def test_every_mask_of_a_picture(folder: Callable[[str], Path], picture: Image.Image, name: str) -> None:
     segmenter = load_segmenter(folder(name))

@@ -412,6 +412,9 @@ def test_critters_parts_are_found_where_the_world_drew_them() -> None:
     for found in generator.part_masks(critter, shown):
         place = labels == generator.BACK_TO_FRONT.index(found.kind) + 1
         assert (found.mask & place).sum() > 0.5 * found.mask.sum(), found.kind
+    without_tail = foreground(render(replace(critter, tail=None)))
+    kinds = {found.kind for found in generator.part_masks(critter, without_tail)}
+    assert kinds == {"body", "eyes", "ears", "wings"}
 
 
 # the command
