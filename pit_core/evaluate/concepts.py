@@ -108,14 +108,12 @@ def accepted(
     wholes = [replace(case, given=tuple(case.critter.parts())) for case in cases]
     seeds = [MOST * seed + index for index in range(count)]
     noise = [picture_seed(s) for s in seeds]
-    sampled, own = (
-        _sampled(stack, cases, seeds, PriorSettings()),
-        own_tokens(stack, [case.critter for case in cases]),
-    )
+    whole = [case.critter for case in cases]
+    sampled, own = _sampled(stack, cases, seeds, PriorSettings()), own_tokens(stack, whole)
     pictures = {
         "ip_prior.safetensors": (drawn(stack, sampled, noise), cases),
         "ip_adapter_plus.safetensors": (drawn(stack, own, noise), wholes),
-        "unet/diffusion_pytorch_model.safetensors": (from_captions(stack, critters, noise), wholes),
+        "unet/diffusion_pytorch_model.safetensors": (from_captions(stack, whole, noise), wholes),
     }
     rows = {name: _row(name, judge, images, shown) for name, (images, shown) in pictures.items()}
     return {

@@ -35,7 +35,7 @@ class Attribute:
 
     def _set(self, critter: Critter, end: int, rng: np.random.Generator) -> Critter:
         value = self.ends[end]
-        changes = {self.field: float(rng.uniform(*value)) if self.field == "build" else value}
+        changes: dict[str, Any] = {self.field: rng.uniform(*value) if self.field == "build" else value}
         return replace(critter, **changes)
 
     def true(self, critter: Critter) -> float:
