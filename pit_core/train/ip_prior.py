@@ -49,6 +49,10 @@ class IPPriorObjective(Objective):
         # Not persistent: the white tokens belong to the adapter, not to the prior.
         self.register_buffer("white", None if white is None else white.detach().clone(), persistent=False)
 
+    @property
+    def blocks(self) -> list[str]:
+        return [f"prior.layers.{number}" for number in range(len(self.prior.layers))]
+
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
         """{"loss"}: the mean over rows, tokens and channels, in float32."""
         target, cond = batch["target"].float(), batch["cond"].float()

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import PitError
 from ..files import check_shapes, load_tensors, replacing, save_tensors, write_text_atomic
+from . import fsdp
 
 Item = tuple[int, int]
 """(epoch, index) of one training example: what an augmentation may depend on, together with its own seed."""
@@ -119,8 +120,13 @@ class Draws:
 class Objective(nn.Module):
     """A method's loss as a module: the trainable parts and the frozen ones it needs.
 
-    Only parameters with ``requires_grad`` are trained, averaged and saved.
+    Only parameters with ``requires_grad`` are trained, averaged and saved. ``blocks`` names the submodules
+    that FSDP gathers one at a time; none: all at once.
     """
+
+    @property
+    def blocks(self) -> list[str]:
+        return []
 
     def forward(self, batch: Any, draws: Draws) -> dict[str, Tensor]:
         """Losses of this process's rows, each a mean over rows; ``"loss"`` is the one that is minimised."""
@@ -193,6 +199,8 @@ def train(
 
     Raises PitError when the batch does not divide over the processes, when the checkpoint belongs to other
     settings, and when the loss or a gradient is not finite (nothing is saved then).
+
+    Launched for FSDP, a sharded copy of the objective is trained; see ``fsdp``. Checkpoints are the same.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -202,7 +210,9 @@ def train(
     out = Path(out)
     # accelerate remembers the first precision of a process; another stage may want another one.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
+    sharding = fsdp.wanted(config.precision)
+    with fsdp.kept_from_accelerate():
+        accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
     world, rank = accelerator.num_processes, accelerator.process_index
     if config.batch_size % (config.accumulate * world):
         raise PitError(
@@ -212,7 +222,7 @@ def train(
     if len(data) < 1:
         raise PitError("the training set is empty; expected at least one example.")
 
-    named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    named = _trainable(objective)
     if not named:
         raise PitError("nothing to train: no parameter of this objective requires a gradient.")
     optimizer = torch.optim.AdamW(
@@ -223,9 +233,15 @@ def train(
     ema = EMAModel(list(named.values()), decay=config.ema_decay, foreach=True)
     if newest is not None:
         step = _load(newest, named, optimizer, ema, accelerator.scaler, config)
-    model, optimizer = accelerator.prepare(objective, optimizer)
-    # accelerate may have moved the parameters; the averages follow them.
-    named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    sharding = sharding and world > 1
+    active = objective  # what is trained
+    if sharding:
+        model = fsdp.spread(objective, objective.blocks, optimizer, ema, accelerator.device)
+        active = model
+    else:
+        model, optimizer = accelerator.prepare(objective, optimizer)
+    # The parameters may have moved; the averages follow them.
+    named = _trainable(active)
     ema.to(accelerator.device)
 
     loader = DataLoader(
@@ -236,16 +252,21 @@ def train(
         worker_init_fn=_leave_interrupts_to_the_parent,
     )
     batches = iter(loader)
-    objective.train_mode()
+    active.train_mode()
     losses: dict[str, float] = {}
     started, stopped = time.monotonic(), False
     hidden = quiet or not accelerator.is_main_process
     bar = tqdm(total=config.steps, initial=step, desc=description, disable=hidden)
 
     def save_now() -> None:
+        copies = fsdp.gather(named, ema, optimizer, keep=accelerator.is_main_process)
         if accelerator.is_main_process:
-            metrics = {**losses, **(_with_average(ema, named, objective, validate, step) if validate else {})}
-            _save(out, step, named, optimizer, ema, accelerator.scaler, config, metrics)
+            metrics = dict(losses)
+            if validate and sharding:
+                metrics |= _with_copies(objective, copies.averages, validate, step, accelerator.device)
+            elif validate:
+                metrics |= _with_average(ema, named, objective, validate, step)
+            _save(out, step, copies, ema.optimization_step, accelerator.scaler, config, metrics)
         accelerator.wait_for_everyone()
 
     with _prepared(accelerator, objective), _interrupt_flag() as interrupted:
@@ -266,7 +287,10 @@ def train(
             if stopped:
                 break
     bar.close()
-    ema.copy_to(list(named.values()))
+    if sharding:
+        _fill(objective, fsdp.averages(named, ema))
+    else:
+        ema.copy_to(list(named.values()))
     objective.eval()
     return Result(step, step >= config.steps, losses, time.monotonic() - started)
 
@@ -298,7 +322,7 @@ def _step(
     _check_finite("loss", losses["loss"], step)
     norm = accelerator.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if accelerator.scaler is None:  # with fp16 an overflow is expected: the scaler skips the step
-        _check_finite("gradient's norm", float(norm), step)
+        _check_finite("gradient's norm", float(fsdp.whole(norm)), step)
     optimizer.step()
     optimizer.zero_grad()
     return losses
@@ -330,8 +354,11 @@ def _prepared(accelerator: Any, objective: Objective) -> Iterator[None]:
 
 
 @contextmanager
-def _sync(accelerator: Any, model: nn.Module, last: bool) -> Iterator[None]:
-    if last:
+def _sync(accelerator: Any, model: Any, last: bool) -> Iterator[None]:
+    if hasattr(model, "set_requires_gradient_sync"):  # sharded
+        model.set_requires_gradient_sync(last)
+        yield
+    elif last:
         yield
     else:
         with accelerator.no_sync(model):
@@ -418,12 +445,38 @@ def _with_average(
         objective.train_mode()
 
 
+def _with_copies(
+    objective: Objective,
+    averages: dict[str, Tensor],
+    validate: Callable[[int], dict[str, float]],
+    step: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """As `_with_average`, with an objective that is not itself trained and lies on the CPU otherwise."""
+    _fill(objective, averages)
+    objective.to(device).eval()
+    try:
+        with torch.no_grad():
+            return validate(step)
+    finally:
+        objective.to("cpu")
+
+
+def _trainable(objective: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in objective.named_parameters() if p.requires_grad}
+
+
+def _fill(objective: Objective, tensors: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in _trainable(objective).items():
+            parameter.copy_(tensors[name])
+
+
 def _save(
     out: Path,
     step: int,
-    named: dict[str, nn.Parameter],
-    optimizer: Any,
-    ema: Any,
+    copies: fsdp.Copies,
+    ema_steps: int,
     scaler: Any,
     config: LoopConfig,
     metrics: dict[str, float],
@@ -435,13 +488,13 @@ def _save(
     work = folder / f".writing-{step:08d}"
     work.mkdir()
     try:
-        save_tensors(work / "model.safetensors", {name: p.detach() for name, p in named.items()}, {})
-        save_tensors(work / "ema.safetensors", dict(zip(named, ema.shadow_params, strict=True)), {})
+        save_tensors(work / "model.safetensors", copies.weights, {})
+        save_tensors(work / "ema.safetensors", copies.averages, {})
         with replacing(work / "optimizer.pt") as temporary:
-            torch.save(optimizer.state_dict(), temporary)
+            torch.save(copies.optimizer, temporary)
         state = {
             "step": step,
-            "ema_steps": ema.optimization_step,
+            "ema_steps": ema_steps,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "metrics": metrics,
             "config": asdict(config),
