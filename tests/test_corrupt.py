@@ -23,7 +23,7 @@ WHOLE = Critter(
     wings=Part("bat", "purple"),
     tail=Part("curl", "red"),
 )
-Garble = Callable[[Image.Image, Critter, str, np.random.Generator], Image.Image]
+Garble = Callable[[corruption.Layers, Critter, str, np.random.Generator], Image.Image]
 
 
 def _critter(seed: int) -> Critter:
@@ -52,13 +52,14 @@ def test_a_seed_gives_the_same_damage() -> None:
     assert (one[0] != other[0]).any()
 
 
-def test_one_to_three_parts_are_damaged_and_labelled(
+def test_parts_are_damaged_and_labelled(
     damaged: list[tuple[Critter, np.ndarray, np.ndarray]],
 ) -> None:
     for critter, picture, labels in damaged:
         changed = _changed(critter, labels)
         assert picture.shape == (128, 128, 3) and picture.dtype == np.uint8
-        assert 1 <= len(changed) <= 3 and set(changed) <= set(critter.parts())
+        assert changed and set(changed) <= set(critter.parts())
+        assert len([kind for kind in changed if labels[KINDS.index(kind)] != ABSENT]) <= 3
         for kind in changed:
             slot = KINDS.index(kind)
             assert labels[slot] in (ABSENT, DOUBLED, GARBLED)
@@ -94,31 +95,59 @@ def test_the_picture_shows_the_damage_and_nothing_else(
             assert difference > 0.1, f"{changed} with labels {labels[:5]} is invisible"
 
 
+def test_what_the_damage_of_others_covers_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body as large as the picture hides wings and tail, which are behind it, and not the eyes."""
+
+    def grow(layers: corruption.Layers, critter: Critter, kind: str, rng: np.random.Generator) -> int:
+        if kind == "body":
+            layers[kind] = Image.new("RGBA", layers[kind].size, (0, 99, 0, 255))
+        return GARBLED
+
+    monkeypatch.setattr(corruption, "_damage", grow)
+    seeds = (seed for seed in range(50) if "body" in _drawn_first(seed))
+    _, labels = corrupt(WHOLE, np.random.default_rng(next(seeds)))
+    states = dict(zip(KINDS, labels, strict=False))
+    assert states["body"] == GARBLED and states["wings"] == states["tail"] == ABSENT
+    assert states["eyes"] != ABSENT
+
+
+def _drawn_first(seed: int) -> list[str]:
+    """The kinds that `corrupt` picks for damage."""
+    rng = np.random.default_rng(seed)
+    present = list(WHOLE.parts())
+    return [str(k) for k in rng.choice(present, size=int(rng.integers(1, 4)), replace=False)]
+
+
 def _ink(layer: Image.Image) -> np.ndarray:
     return np.asarray(layer.getchannel("A")).astype(int)
+
+
+def _layers() -> corruption.Layers:
+    return {kind: critters.draw_layer(WHOLE, kind, 128, 2) for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_doubled_part_is_there_and_once_more_elsewhere(kind: str) -> None:
     for seed in range(3):
-        layer = critters.draw_layer(WHOLE, kind, 128, 2)
-        twice = corruption._doubled(layer, WHOLE, kind, np.random.default_rng(seed))
-        once, both = _ink(layer) > 128, _ink(twice) > 128
+        layers = _layers()
+        twice = corruption._doubled(layers, WHOLE, kind, np.random.default_rng(seed))
+        once, both = _ink(layers[kind]) > 128, _ink(twice) > 128
         assert both[once].all()
-        assert both.sum() > 1.15 * once.sum()
+        before = corruption._visible(layers, kind).sum()
+        assert corruption._visible({**layers, kind: twice}, kind).sum() > 1.3 * before
 
 
 @pytest.mark.parametrize("garble", sorted(set(corruption._GARBLES), key=lambda f: f.__name__))
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_garbled_part_is_neither_whole_nor_gone(garble: Garble, kind: str) -> None:
+def test_what_is_seen_of_a_garbled_part_is_neither_whole_nor_gone(garble: Garble, kind: str) -> None:
     for seed in range(2):
-        layer = critters.draw_layer(WHOLE, kind, 128, 2)
-        made = garble(layer, WHOLE, kind, np.random.default_rng(seed))
-        assert made.mode == "RGBA" and made.size == layer.size
-        before, after = (np.asarray(each.convert("RGBa")).astype(int) for each in (layer, made))
-        inside = _ink(layer) > 0
-        assert np.abs(before - after)[inside].mean() > 6, "the part still looks whole"
-        assert _ink(made).sum() > 0.25 * _ink(layer).sum(), "the part is gone"
+        layers = _layers()
+        made = garble(layers, WHOLE, kind, np.random.default_rng(seed))
+        assert made.mode == "RGBA" and made.size == layers[kind].size
+        before, after = (np.asarray(each.convert("RGBa")).astype(int) for each in (layers[kind], made))
+        seen = corruption._visible(layers, kind)
+        assert np.abs(before - after)[seen > 0.5].mean() > 20, "the part still looks whole"
+        assert corruption._visible({**layers, kind: made}, kind).sum() > 0.3 * seen.sum(), "the part is gone"
 
 
 def test_damage_leaves_the_scene_alone() -> None:

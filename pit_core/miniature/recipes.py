@@ -76,7 +76,7 @@ RECIPES: dict[str, LoopConfig] = {
         save_every=500,
     ),
     "reader-judge": LoopConfig(
-        steps=7000,
+        steps=6000,
         batch_size=64,
         lr=1.5e-3,
         schedule="cosine",

@@ -112,6 +112,6 @@ _SETS: dict[str, tuple[Maker, int]] = {
     "world": (_draw_world, 30000),
     "world-check": (_draw_world_check, 500),
     "concepts": (_draw_concepts, 20000),
-    "reader": (_draw_reader, 80000),
+    "reader": (_draw_reader, 60000),
     "reader-check": (_draw_reader_check, 2000),
 }
