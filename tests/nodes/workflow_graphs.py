@@ -204,31 +204,51 @@ def encode(w: Workflow, m: Models, picture: Link, title: str) -> Link:
     return w.add("PiTEncodeImage", title, **links, fit="crop", null="as trained", chunk=8)[0]
 
 
-def draw(
-    w: Workflow, m: Models, model: Link, prefix: str, prompt: str = QUALITY, count: int = 1, column: int = 1
+def sample(
+    w: Workflow,
+    m: Models,
+    model: Link,
+    prompt: str = QUALITY,
+    count: int = 1,
+    column: int = 1,
+    title: str = "Prompt",
+    seed: int = 7,
+    latent: Link | None = None,
 ) -> Link:
-    """Sample, decode and save, the last two in `column`; the pictures."""
-    side, steps, cfg = (1024, 50, 5.0) if w.full else (128, 25, 3.0)
-    positive = w.add("CLIPTextEncode", "Prompt", column - 1, text=prompt, clip=m.clip)
+    """Sample `latent`, or `count` empty ones, and decode, both in `column`; the pictures."""
+    steps, cfg = (50, 5.0) if w.full else (25, 3.0)
+    positive = w.add("CLIPTextEncode", title, column - 1, text=prompt, clip=m.clip)
     negative = w.add("CLIPTextEncode", "Negative prompt", column - 1, text=NEGATIVE, clip=m.clip)
-    latent = w.add("EmptyLatentImage", "Size", column, width=side, height=side, batch_size=count)
+    latent = latent or empty(w, column, count)
     sampled = w.add(
         "KSampler",
         column=column,
         model=model,
         positive=positive[0],
         negative=negative[0],
-        latent_image=latent[0],
-        seed=7,
+        latent_image=latent,
+        seed=seed,
         steps=steps,
         cfg=cfg,
         sampler_name="euler",
         scheduler="normal",
         denoise=1.0,
     )
-    pictures = w.add("VAEDecode", column=column, samples=sampled[0], vae=m.vae)
-    w.add("SaveImage", column=column, images=pictures[0], filename_prefix=prefix)
-    return pictures[0]
+    return w.add("VAEDecode", column=column, samples=sampled[0], vae=m.vae)[0]
+
+
+def empty(w: Workflow, column: int, count: int = 1) -> Link:
+    side = 1024 if w.full else 128
+    return w.add("EmptyLatentImage", "Size", column, width=side, height=side, batch_size=count)[0]
+
+
+def draw(
+    w: Workflow, m: Models, model: Link, prefix: str, prompt: str = QUALITY, count: int = 1, column: int = 1
+) -> Link:
+    """Sample, decode and save, in `column`; the pictures."""
+    pictures = sample(w, m, model, prompt, count, column)
+    w.add("SaveImage", column=column, images=pictures, filename_prefix=prefix)
+    return pictures
 
 
 # workflows
@@ -334,6 +354,44 @@ def refined_by_flux(w: Workflow) -> None:
     w.add("SaveImage", column=2, images=decoded[0], filename_prefix="character_refined")
 
 
+def slider(w: Workflow) -> None:
+    m = models(w)
+    tokens = concepts(w, m, 1)
+    w.group("4. Two piles of pictures")
+    what = "{} fantasy creature, full body, white background" if w.full else "a {} critter"
+    count = 8 if w.full else 16
+    thin, wide = (
+        sample(w, m, m.model, what.format(word), count, 1, f"Pile of {word} ones", seed)
+        for seed, word in enumerate(("thin", "wide"))
+    )
+    w.group("5. Direction")
+    direction = w.add(
+        "PiTFindDirection",
+        method="auto",
+        space="IP tokens",
+        first_name="thin",
+        second_name="wide",
+        first_images=thin,
+        second_images=wide,
+        ip_adapter=m.ip_adapter,
+        clip_vision=m.clip_vision,
+    )
+    w.add("PiTSaveDirection", direction=direction[0], filename_prefix="thin_to_wide")
+    w.group("6. Slider")
+    swept = w.add(
+        "PiTSweepDirection",
+        tokens=tokens,
+        direction=direction[0],
+        latent=empty(w, 0),
+        steps="-1, -0.5, 0, 0.5, 1",
+        token_mask="",
+    )
+    pictures = sample(w, m, apply(w, m, m.model, swept[0]), latent=swept[1])
+    grid = w.add("PiTSweepGrid", column=2, images=pictures, labels=swept[2])
+    grid.inputs["title"] = "thin to wide"  # the node's own input, not the name of its box
+    w.add("SaveImage", column=2, images=grid[0], filename_prefix="thin_to_wide")
+
+
 # what ships: what to do, in three lines
 
 
@@ -419,6 +477,20 @@ SHIPPED = (
             LOAD_PARTS,
             "Say in a few words what it is, and press **Run**: SDXL draws it, then Flux redraws it.",
             "The lower **denoise** is, the more is kept; 0.35 is the paper's last step.",
+        ),
+    ),
+    Shipped(
+        "07_slider",
+        slider,
+        (
+            "Press **Run**: what wide critters have over thin ones, found in two piles, moves a concept.",
+            "Another slider: change both prompts of *Two piles*, such as flat style and sketch style.",
+            "How far: the **steps** of *Sweep Direction*. The saved direction loads with *Load Direction*.",
+        ),
+        (
+            LOAD_PARTS + " Press **Run**.",
+            "Another slider: change both prompts of *Two piles*, or connect piles of your own pictures.",
+            "How far: the **steps** of *Sweep Direction*. The saved direction loads with *Load Direction*.",
         ),
     ),
 )
