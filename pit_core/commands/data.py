@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +26,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..parts.augment import Augment
+    from ..parts.embed import Encoder
 
 app = group("Pictures of wholes and their parts, as data to train a prior on.")
 
@@ -190,25 +193,52 @@ def embed(
     workers: Annotated[int, typer.Option(help="Processes that decode and crop.")] = 0,
     device: Device = "auto",
     dtype: Precision = Dtype.auto,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Decode, encode and write on Ray; needs the extra 'scale'.")
+    ] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="A running Ray cluster, such as 10.0.0.1:6379; else one is started here."),
+    ] = None,
+    actors: Annotated[
+        int | None, typer.Option(help="On Ray: processes that encode; one for each GPU.", min=1)
+    ] = None,
+    actor_gpus: Annotated[
+        float | None, typer.Option(help="On Ray: GPUs of each of them; 1 where there are any.", min=0)
+    ] = None,
 ) -> None:
     """Encode a data set's pictures to IP tokens, once; goes on where an earlier run stopped.
 
-    Without files, the miniature's models encode.
+    Without files, the miniature's models encode. On Ray the shards are the same.
     """
-    from ..parts.embed import Encoder
     from ..parts.embed import embed as run
     from ..parts.views import Recipe
 
-    augment = _augment(config)
+    recipe = Recipe(augment=_augment(config), views=views, seed=seed)
     if (image_encoder is None) != (ip_adapter is None):
         raise PitError("Give both --image-encoder and --ip-adapter, or none of them for the miniature's.")
     given = given_files(image_encoder=image_encoder, ip_adapter=ip_adapter)
-    encoder, adapter = load_encoders(given, device, dtype)
-    recipe = Recipe(encoder.image_size, augment, views, seed)
-    done = run(
-        manifest, out, Encoder(encoder, adapter, batch), recipe, shard_size=shard_size, workers=workers
-    )
+    if ray or ray_address is not None:
+        from ..parts.embed_ray import Cluster, embed_on_ray
+
+        on_cpus = device.startswith("cpu") or (device == "auto" and not given)
+        cluster = Cluster(ray_address, actors, 0.0 if on_cpus else actor_gpus, workers or None)
+        given = {option: path.resolve() for option, path in given.items()}
+        load = partial(_encoder, given, device, dtype, batch)
+        done = embed_on_ray(manifest, out, load, recipe, cluster, shard_size=shard_size)
+    elif actors is not None or actor_gpus is not None:
+        raise PitError("--actors and --actor-gpus are for --ray; add it, or leave them out.")
+    else:
+        encode = _encoder(given, device, dtype, batch)
+        recipe = replace(recipe, pixels=encode.models.pixels)
+        done = run(manifest, out, encode, recipe, shard_size=shard_size, workers=workers)
     typer.echo(f"{out}: {done}")
+
+
+def _encoder(given: dict[str, Path], device: str, dtype: Dtype, batch: int) -> Encoder:
+    from ..parts.embed import Encoder
+
+    return Encoder(*load_encoders(given, device, dtype), batch)
 
 
 def _augment(config: Path | None) -> Augment:

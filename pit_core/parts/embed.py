@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from ..ip_adapter.adapter import IPAdapter
 from ..ip_adapter.encode import encode_tokens, null_pixels
 from ..ip_adapter.encoder import ImageEncoder
 from .manifest import Skipped, read_manifest
-from .scan import scan
+from .scan import Scan, scan
 from .shards import Index, has_white, read_white, write_index, write_shard, write_white
 from .views import Job, Recipe, crop, decode, make_jobs, sort_tokens
 
@@ -52,10 +53,26 @@ class Embedded:
         )
 
 
+@dataclass(frozen=True)
+class Models:
+    """What shards and index say of the models that encode, for whoever does not hold them.
+
+    key: a hash of all that the tokens depend on. pixels: the side of what they see. tokens, width: the shape
+    of what they make. encoder, adapter: their content's hashes.
+    """
+
+    key: str
+    pixels: int
+    tokens: int
+    width: int
+    encoder: str
+    adapter: str
+
+
 class Encoder:
     """The stage that holds models: uint8 pixels (N, 3, S, S) -> tokens (N, T, D) in float16, on the CPU.
 
-    `key` is a hash of all that its tokens depend on. Raises PitError for tokens that float16 cannot hold.
+    Raises PitError for tokens that float16 cannot hold.
     """
 
     def __init__(self, encoder: ImageEncoder, adapter: IPAdapter, batch: int = 32) -> None:
@@ -69,7 +86,14 @@ class Encoder:
             "pixels": [encoder.image_size, encoder.mean, encoder.std],
             "dtypes": [str(weight.dtype), str(next(adapter.projector.parameters()).dtype), str(STORED)],
         }
-        self.key = _digest(models)
+        self.models = Models(
+            key=_digest(models),
+            pixels=encoder.image_size,
+            tokens=adapter.num_tokens,
+            width=adapter.cross_attention_dim,
+            encoder=encoder.content_hash,
+            adapter=adapter.content_hash,
+        )
 
     def __call__(self, pixels: Tensor) -> Tensor:
         return torch.cat([self._tokens(self._normalised(rows)) for rows in pixels.split(self.batch)])
@@ -97,7 +121,8 @@ class Plan:
     folder: Path  # the manifest's
     out: Path
     recipe: Recipe
-    key: str
+    models: Models
+    key: str  # of models and recipe together
     names: tuple[str, ...]
     shards: tuple[tuple[Job, ...], ...]
 
@@ -118,17 +143,25 @@ class Plan:
 
 
 def make_plan(
-    jobs: Sequence[Job], folder: Path, out: Path, recipe: Recipe, models: str, shard_size: int
+    jobs: Sequence[Job], folder: Path, out: Path, recipe: Recipe, models: Models, shard_size: int
 ) -> Plan:
-    """Cut the jobs into shards of `shard_size` wholes and name them; `models` is `Encoder.key`."""
+    """Cut the jobs into shards of `shard_size` wholes and name them."""
     if shard_size < 1:
         raise PitError(f"Expected shards of at least 1 whole, got {shard_size}.")
-    key = _digest({"format": FORMAT, "models": models, "recipe": recipe.settings()})
+    key = _digest({"format": FORMAT, "models": models.key, "recipe": recipe.settings()})
     shards = tuple(tuple(jobs[start : start + shard_size]) for start in range(0, len(jobs), shard_size))
     names = tuple(
         f"{SHARDS}/{_digest([key, *(job.content() for job in shard)])[:40]}.tar" for shard in shards
     )
-    return Plan(folder, out, recipe, key, names, shards)
+    return Plan(folder, out, recipe, models, key, names, shards)
+
+
+def look_through(manifest: Path, out: Path, *, quiet: bool = False) -> Scan:
+    """What of the data set can be used; what cannot is listed in `out`. Raises PitError as `embed`."""
+    found = scan(read_manifest(manifest), manifest.parent, out / "scan.json", quiet=quiet)
+    lines = "".join(json.dumps(asdict(item)) + "\n" for item in found.skipped)
+    write_text_atomic(out / "skipped.jsonl", lines)
+    return found
 
 
 def embed(
@@ -149,48 +182,53 @@ def embed(
     Raises PitError for a manifest or pictures that cannot be read, settings out of range, models that do not
     belong together, and a disk that is full.
     """
-    from tqdm.auto import tqdm
-
     manifest, out = Path(manifest), Path(out)
-    wholes = read_manifest(manifest)
-    found = scan(wholes, manifest.parent, out / "scan.json", quiet=quiet)
-    lines = "".join(json.dumps(asdict(item)) + "\n" for item in found.skipped)
-    write_text_atomic(out / "skipped.jsonl", lines)
+    found = look_through(manifest, out, quiet=quiet)
     jobs = make_jobs(found.wholes, found.hashes, recipe)
-    plan = make_plan(jobs, manifest.parent, out, recipe, encode.key, shard_size)
+    plan = make_plan(jobs, manifest.parent, out, recipe, encode.models, shard_size)
     missing = plan.missing()
-    total = sum(len(shard) for shard in plan.shards)
-    left = sum(len(plan.shards[number]) for number in missing)
-    bar = tqdm(total=total, initial=total - left, desc="encoding", unit="whole", disable=quiet)
-    with bar, _dead_workers_named():
+    with progress(plan, missing, quiet=quiet) as bar, _dead_workers_named():
         for number, pixels in _prepared(plan, missing, workers):
             make_shard(plan, number, pixels, encode)
             bar.update(len(pixels))
-    return Embedded(finish(plan, encode), len(missing), found.skipped)
+    return Embedded(finish(plan, encode.white), len(missing), found.skipped)
+
+
+def progress(plan: Plan, missing: Sequence[int], *, quiet: bool) -> Any:
+    """A bar that counts wholes, with what is there already."""
+    from tqdm.auto import tqdm
+
+    total = sum(len(shard) for shard in plan.shards)
+    left = sum(len(plan.shards[number]) for number in missing)
+    return tqdm(total=total, initial=total - left, desc="encoding", unit="whole", disable=quiet)
 
 
 def make_shard(plan: Plan, number: int, pixels: Sequence[Tensor], encode: Encoder) -> None:
     """Encode and write one shard, whose jobs' pixels these are."""
-    jobs = plan.shards[number]
-    tokens = encode(torch.cat(list(pixels))).split([len(rows) for rows in pixels])
-    wholes = [sort_tokens(job, rows, plan.recipe.views) for job, rows in zip(jobs, tokens, strict=True)]
-    write_shard(plan.path(number), wholes)
+    store(plan.path(number), plan.shards[number], encode(torch.cat(list(pixels))), plan.recipe.views)
 
 
-def finish(plan: Plan, encode: Encoder) -> Index:
-    """With every shard in place: the white slot, unless it is there, and the index."""
+def store(path: Path, jobs: Sequence[Job], tokens: Tensor, views: int) -> None:
+    """Write one shard: the tokens (N, T, D) of its jobs' squares, in the order of `crop`."""
+    counts = [1 + len(job.parts) * views + len(job.references) for job in jobs]
+    rows = zip(jobs, tokens.split(counts), strict=True)
+    write_shard(path, [sort_tokens(job, own, views) for job, own in rows])
+
+
+def finish(plan: Plan, white: Callable[[], Tensor]) -> Index:
+    """With every shard in place: the white slot (T, D), unless it is there, and the index."""
     if not has_white(plan.out, plan.key):
-        write_white(plan.out, plan.key, encode.white())
-    adapter = encode.adapter
+        write_white(plan.out, plan.key, white())
+    models = plan.models
     index = Index(
         key=plan.key,
         shards=tuple((name, len(jobs)) for name, jobs in zip(plan.names, plan.shards, strict=True)),
-        tokens=adapter.num_tokens,
-        width=adapter.cross_attention_dim,
+        tokens=models.tokens,
+        width=models.width,
         views=plan.recipe.views,
         augment=plan.recipe.augment,
-        encoder=encode.encoder.content_hash,
-        adapter=adapter.content_hash,
+        encoder=models.encoder,
+        adapter=models.adapter,
     )
     read_white(plan.out, index)
     write_index(plan.out, index)

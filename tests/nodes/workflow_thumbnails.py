@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
@@ -103,7 +103,7 @@ def compose(taken: Pictures, made: Pictures, caption: str = "") -> Image.Image:
 
 
 def _sized(picture: Image.Image, side: int) -> Image.Image:
-    return picture.resize((side, side), Image.Resampling.LANCZOS)
+    return ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, color="white")
 
 
 if __name__ == "__main__":
