@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,8 @@ def test_an_import_does_not_overwrite_a_manifest_and_names_what_it_leaves_out(
             "Give both --image-encoder and --ip-adapter",
         ),
         (("embed", "{folder}/absent.jsonl", "--config", "{folder}/bad.yaml"), "did you mean 'max_crops'"),
+        (("embed", "{folder}/absent.jsonl", "--actors", "2"), "--actors and --actor-gpus are for --ray"),
+        (("embed", "{folder}/absent.jsonl", "--ray"), "There is no file"),
     ],
 )
 def test_mistakes_end_in_a_sentence(run: Run, pictures: Path, arguments: tuple[str, ...], said: str) -> None:
@@ -101,3 +104,13 @@ def test_mistakes_end_in_a_sentence(run: Run, pictures: Path, arguments: tuple[s
     code, _, errors = run("data", *(argument.format(folder=pictures) for argument in arguments))
     assert code == 2 and said in errors
     assert "Traceback" not in errors
+
+
+def test_without_ray_the_extra_is_named(
+    run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("data", "import", pictures)[0] == 0
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, _, errors = run("data", "embed", pictures / "parts.jsonl", "--out", tmp_path / "tokens", "--ray")
+    assert code == 2 and "install the extra: pip install -e '.[scale]'" in errors
+    assert not (tmp_path / "tokens" / "index.json").exists()
