@@ -14,6 +14,8 @@ import torch
 from pit_core.concepts import make_concepts
 from pit_core.errors import PitError
 from pit_core.files import load_tensors, sha256_of
+from pit_core.lora.formats import load_lora
+from pit_core.lora.kinds import IP_LORA, kind_of
 from pit_core.miniature import models, train, trained
 from pit_core.miniature.batches import Pictures, to_pixels
 from pit_core.miniature.critters import render_part
@@ -245,7 +247,8 @@ def test_export_writes_all_files_and_their_manifest(weights: Path) -> None:
 def test_all_exported_weights_are_fp16(weights: Path) -> None:
     for path in weights.rglob("*.safetensors"):
         tensors, _ = load_tensors(path)
-        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}, path.name
+        dtypes = {tensor.dtype for name, tensor in tensors.items() if not name.endswith(".alpha")}
+        assert dtypes == {torch.float16}, path.name
 
 
 def test_weights_over_the_limit_are_refused_and_nothing_changes(
@@ -320,6 +323,15 @@ def test_the_exported_stack_is_the_trained_one(out: Path, weights: Path) -> None
     with torch.no_grad():
         expected = adapter(models.image_features(image, to_pixels(np.asarray(picture)[None])))
     assert (stack.encode([picture]) - expected).abs().max() < 2e-2
+
+
+def test_the_exported_ip_loras_fit_the_exported_models(weights: Path) -> None:
+    stack = models.load_stack(weights)
+    for kind in ("scene", "sheet"):
+        lora = load_lora(weights / f"ip_lora_{kind}.safetensors")
+        placed = stack.renderer.placed(lora)
+        assert kind_of(lora) == IP_LORA and not placed.left and len(placed.model) == 4 * 2 * 11
+        assert all(layer.up.any() for layer in lora.layers.values()), "it was trained"
 
 
 def test_an_exported_file_that_was_changed_is_not_loaded(weights: Path, tmp_path: Path) -> None:

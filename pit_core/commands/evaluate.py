@@ -65,3 +65,31 @@ def directions(
         progress=lambda text: typer.echo(text, err=True),
     )
     typer.echo(table.table(rows))
+
+
+@app.command("scenes")
+@plain_errors
+def scenes(
+    ip_lora: Annotated[Path, typer.Option(help="The IP-LoRA to measure.")],
+    count: Annotated[int, typer.Option(help="Held-out critters.")] = 200,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the table and pictures.", show_default=False)
+    ] = None,
+) -> None:
+    """A scene that the prompt names, over the image weight: the adapter alone, and with an IP-LoRA."""
+    from ..evaluate import scenes as table
+    from ..lora.formats import load_lora
+    from ..miniature.models import load_reader, load_stack
+
+    lora = load_lora(ip_lora)
+    rows = table.run(
+        load_stack(),
+        load_reader("judge"),
+        lora,
+        count=count,
+        seed=seed,
+        out=out,
+        progress=lambda text: typer.echo(text, err=True),
+    )
+    typer.echo(table.table(rows))

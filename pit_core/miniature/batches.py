@@ -145,6 +145,37 @@ class Conditioned:
         return {**batch, "text": text, "pooled": pooled, "time_ids": time_ids}
 
 
+class Pairs:
+    """Targets' latents with their references' image tokens and prompts, for an IP-LoRA."""
+
+    def __init__(
+        self,
+        latents: np.ndarray,
+        tokens: np.ndarray,
+        prompts: Sequence[str],
+        tokenizer: WordTokenizer,
+        text_encoder: Any,
+    ) -> None:
+        self.latents, self.tokens, self.prompts = latents, tokens, prompts
+        self.tokenizer, self.text_encoder = tokenizer, text_encoder
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @torch.no_grad()
+    def fetch(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        rows = [index for _, index in items]
+        ids = self.tokenizer([self.prompts[row] for row in rows])
+        text, pooled = models.encode_text(self.text_encoder, ids)
+        return {
+            "latents": torch.from_numpy(self.latents[rows]).float(),
+            "tokens": torch.from_numpy(self.tokens[rows]).float(),
+            "text": text,
+            "pooled": pooled,
+            "time_ids": torch.tensor([TIME_IDS] * len(rows), dtype=torch.float32),
+        }
+
+
 class Concepts:
     """Concepts' tokens with the tokens of one to three of their parts, padded with white; some with none."""
 

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,12 @@ def _judge(out: Path, folder: Path) -> list[str]:
     return [_half(trained.trained_reader(out, "judge"), folder, "reader_judge")]
 
 
+def _ip_lora(out: Path, folder: Path, stage: str) -> list[str]:
+    name = f"{stage.replace('-', '_')}.safetensors"
+    trained.trained_ip_lora(out, stage).save(folder / name, {"pairs": stage}, torch.float16)
+    return [name]
+
+
 def _half(model: nn.Module, folder: Path, name: str) -> str:
     tensors = {key: value.half() for key, value in model.state_dict().items()}
     save_tensors(folder / f"{name}.safetensors", tensors, {"format": "pt"})
@@ -164,6 +171,7 @@ _WRITERS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], list[str]]]] =
     "unet": (trained.UNET_STAGES, _unet),
     "adapter": (trained.ADAPTER_STAGES, _adapter),
     "prior": (trained.PRIOR_STAGES, _prior),
+    **{stage: ((stage,), partial(_ip_lora, stage=stage)) for stage in trained.IP_LORA_STAGES},
     # The reader that served while tuning stays at home: figures come from the other one.
     "reader-judge": (("reader-judge",), _judge),
 }
@@ -176,5 +184,6 @@ _STAGES: dict[str, tuple[str, ...]] = {
     "unet": trained.UNET_STAGES,
     "ip_adapter_plus.safetensors": trained.ADAPTER_STAGES,
     "ip_prior.safetensors": trained.PRIOR_STAGES,
+    **{f"{stage.replace('-', '_')}.safetensors": (stage,) for stage in trained.IP_LORA_STAGES},
     "reader_judge.safetensors": ("reader-judge",),
 }

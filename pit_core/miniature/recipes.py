@@ -165,6 +165,28 @@ RECIPES: dict[str, LoopConfig] = {
         seed=18,
         save_every=250,
     ),
+    "ip-lora-scene": LoopConfig(
+        steps=1200,
+        batch_size=32,
+        lr=2e-3,
+        schedule="cosine",
+        warmup=50,
+        weight_decay=0.0,
+        ema_decay=0.99,
+        seed=31,
+        save_every=200,
+    ),
+    "ip-lora-sheet": LoopConfig(
+        steps=1200,
+        batch_size=32,
+        lr=2e-3,
+        schedule="cosine",
+        warmup=50,
+        weight_decay=0.0,
+        ema_decay=0.99,
+        seed=32,
+        save_every=200,
+    ),
 }
 
 

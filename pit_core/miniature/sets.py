@@ -16,10 +16,11 @@ from .batches import Captioner, Pictures
 from .corrupt import corrupt
 from .critters import SCENES, STYLES, random_critter
 from .data import Drawn, Maker, Picture, PictureSet
+from .pairs import drawn_pair, pair_critter, pair_prompt
 from .scale import scaled_count
 
 # Seeds.
-WORLD, WORLD_CHECK, CONCEPTS, READER, READER_CHECK = 11, 12, 21, 31, 32
+WORLD, WORLD_CHECK, CONCEPTS, READER, READER_CHECK, SCENE_PAIRS, SHEET_PAIRS = 11, 12, 21, 31, 32, 41, 42
 
 
 def pictures(out: Path, name: str) -> PictureSet:
@@ -97,6 +98,21 @@ def _draw_reader_check(index: int) -> list[Drawn]:
     return [reader_picture(np.random.default_rng([READER_CHECK, index]), True, damaged=index % 2 == 1)]
 
 
+def _draw_scene_pair(index: int) -> list[Drawn]:
+    return drawn_pair("scene", pair_critter("scene", SCENE_PAIRS, index))
+
+
+def _draw_sheet_pair(index: int) -> list[Drawn]:
+    return drawn_pair("sheet", pair_critter("sheet", SHEET_PAIRS, index))
+
+
+def pair_prompts(out: Path, kind: str) -> list[str]:
+    """What the model reads for each pair of a kind, in the set's order."""
+    seed = {"scene": SCENE_PAIRS, "sheet": SHEET_PAIRS}[kind]
+    groups = pictures(out, f"{kind}-pairs").groups[::2]
+    return [pair_prompt(kind, pair_critter(kind, seed, int(group))) for group in groups]
+
+
 def reader_picture(rng: np.random.Generator, held_out: bool | None, damaged: bool | None = None) -> Drawn:
     """A critter, clean or damaged; ``damaged`` None leaves it to chance."""
     styles = STYLES if rng.random() < 0.25 else ("flat",)
@@ -114,4 +130,6 @@ _SETS: dict[str, tuple[Maker, int]] = {
     "concepts": (_draw_concepts, 20000),
     "reader": (_draw_reader, 60000),
     "reader-check": (_draw_reader_check, 2000),
+    "scene-pairs": (_draw_scene_pair, 4000),
+    "sheet-pairs": (_draw_sheet_pair, 4000),
 }

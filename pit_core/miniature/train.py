@@ -20,14 +20,23 @@ from ..errors import PitError
 from ..train.ip_prior import IPPriorObjective
 from ..train.loop import Data, Objective, Result, latest_checkpoint, train
 from . import models, reader
-from .batches import Captioned, Concepts, Conditioned, Pictures, to_pixels
+from .batches import Captioned, Concepts, Conditioned, Pairs, Pictures, to_pixels
 from .objectives import ContrastiveObjective, DecoderObjective, ReaderObjective, UNetObjective, VAEObjective
 from .recipes import RECIPES, SNR_LIMIT, quick_precision
 from .scale import scale_of, scaled_config, set_scale
-from .sets import adapter_pictures, base_pictures, captioner, everything, pictures, vision_pictures
+from .sets import (
+    adapter_pictures,
+    base_pictures,
+    captioner,
+    everything,
+    pair_prompts,
+    pictures,
+    vision_pictures,
+)
 from .tokenizer import WordTokenizer
 from .trained import (
     ADAPTER_STAGES,
+    IP_LORA_STAGES,
     PRIOR_STAGES,
     UNET_STAGES,
     adapter_objective,
@@ -36,6 +45,9 @@ from .trained import (
     base_latents,
     concept_tokens,
     first_vae,
+    ip_lora_objective,
+    pair_latents,
+    pair_tokens,
     prior_before,
     start_from_shipped,
     trained_adapter,
@@ -73,7 +85,7 @@ def main(
         start_from_shipped(out)
     results = []
     for name in STAGES if stage is None else (stage,):
-        if name in (*UNET_STAGES, *ADAPTER_STAGES):
+        if name in (*UNET_STAGES, *ADAPTER_STAGES, *IP_LORA_STAGES):
             require_good_vae(out)
         result = _run_stage(name, out, minutes) if processes == 1 else _shared(name, out, minutes, processes)
         results.append((name, result))
@@ -246,6 +258,22 @@ def train_prior(out: Path, stage: str, **options: Any) -> Result:
     return _train(stage, objective, Concepts(pictures(out, "concepts"), tokens, white, SLOTS), out, **options)
 
 
+def train_ip_lora(out: Path, stage: str, **options: Any) -> Result:
+    """An IP-LoRA: critters in scenes, or character sheets, with the prompt followed at full image weight."""
+    torch.manual_seed(RECIPES[stage].seed)
+    kind = IP_LORA_STAGES[stage]
+    image, text = trained_encoders(out)
+    objective = ip_lora_objective(out)
+    batches = Pairs(
+        pair_latents(out, kind, trained_vae(out)),
+        pair_tokens(out, kind, image, trained_adapter(out)),
+        pair_prompts(out, kind),
+        WordTokenizer(models.TEXT_LENGTH),
+        text,
+    )
+    return _train(stage, objective, batches, out, **options)
+
+
 STAGES: dict[str, Callable[..., Result]] = {
     "encoders": train_encoders,
     "vision": train_vision,
@@ -256,4 +284,5 @@ STAGES: dict[str, Callable[..., Result]] = {
     **{stage: partial(train_unet, stage=stage) for stage in UNET_STAGES},
     **{stage: partial(train_adapter, stage=stage) for stage in ADAPTER_STAGES},
     **{stage: partial(train_prior, stage=stage) for stage in PRIOR_STAGES},
+    **{stage: partial(train_ip_lora, stage=stage) for stage in IP_LORA_STAGES},
 }

@@ -21,6 +21,7 @@ from ..files import check_shapes, load_tensors, save_tensors, sha256_of
 from ..ip_adapter.adapter import IPAdapter, new_ip_adapter
 from ..ip_prior.model import IPPrior
 from ..train.ip_adapter import Dropout, IPAdapterObjective
+from ..train.ip_lora import IPLoRAObjective
 from ..train.ip_prior import IPPriorObjective
 from ..train.loop import Objective, latest_checkpoint, load_average
 from . import models
@@ -259,6 +260,31 @@ def _newest_prior(out: Path, stages: Sequence[str]) -> IPPrior:
     return prior
 
 
+IP_LORA_STAGES = {"ip-lora-scene": "scene", "ip-lora-sheet": "sheet"}  # and the pairs that each learns on
+IP_LORA_RANK = 8
+
+
+def ip_lora_objective(out: Path) -> IPLoRAObjective:
+    """A new IP-LoRA on the trained UNet and adapter; a dropped text turns into zeros, as it is sampled."""
+    return IPLoRAObjective(
+        trained_unet(out),
+        trained_adapter(out),
+        alphas_cumprod=alphas_cumprod(),
+        rank=IP_LORA_RANK,
+        snr_limit=SNR_LIMIT,
+        dropout=Dropout(image=0.0, text=0.1, both=0.0),
+        null_text=torch.zeros(models.TEXT_LENGTH, models.TEXT_WIDTH),
+        null_pooled=torch.zeros(models.PROJECTION),
+    )
+
+
+def trained_ip_lora(out: Path, stage: str) -> IPLoRAObjective:
+    """The IP-LoRA of a stage, in the models that it was trained in."""
+    objective = ip_lora_objective(out)
+    load_stage(objective, out, stage)
+    return objective
+
+
 def trained_reader(out: Path, name: str) -> nn.Module:
     """The attribute reader "tuning" or "judge", frozen."""
     model = models.build_reader(name)
@@ -277,11 +303,15 @@ def alphas_cumprod() -> Tensor:
 def base_latents(out: Path, vae: Any) -> np.ndarray:
     """Scaled latents (N, 4, 16, 16) of the base pictures."""
 
+    return _of_base(out, "latents", _encoding(vae), weights_of(out, "vae"))
+
+
+def _encoding(vae: Any) -> Callable[[Tensor], Tensor]:
     def make(pixels: Tensor) -> Tensor:  # a few at a time: what stays in the CPU's cache is twice as fast
         latents = torch.cat([vae.encode(few).latent_dist.mode() for few in pixels.split(4)])
         return latents * models.SDXL_LATENT_SCALE
 
-    return _of_base(out, "latents", make, weights_of(out, "vae"))
+    return make
 
 
 def base_features(out: Path, image_encoder: Any) -> np.ndarray:
@@ -295,6 +325,30 @@ def base_features(out: Path, image_encoder: Any) -> np.ndarray:
 
 def _of_base(out: Path, name: str, make: Callable[[Tensor], Tensor], of: str) -> np.ndarray:
     return cached(out / "cache", name, everything(out), make, base_pictures(out).rows, of=of)
+
+
+def pair_latents(out: Path, kind: str, vae: Any) -> np.ndarray:
+    """Scaled latents (N, 4, 16, 16) of the targets of a kind of pairs."""
+    return _of_pairs(out, kind, 0, "latents", _encoding(vae), weights_of(out, "vae"))
+
+
+def pair_tokens(out: Path, kind: str, image_encoder: Any, adapter: IPAdapter) -> np.ndarray:
+    """IP tokens (N, 16, TEXT_WIDTH) of the references of a kind of pairs."""
+
+    def make(pixels: Tensor) -> Tensor:
+        return adapter(models.image_features(image_encoder, pixels))
+
+    of = weights_of(out, "vision", _newest_of(out, ADAPTER_STAGES) or "adapter")
+    return _of_pairs(out, kind, 1, "tokens", make, of)
+
+
+def _of_pairs(
+    out: Path, kind: str, place: int, name: str, make: Callable[[Tensor], Tensor], of: str
+) -> np.ndarray:
+    """Of the pictures at one place of every pair: the target's is 0, the reference's 1."""
+    drawn = pictures(out, f"{kind}-pairs")
+    rows = np.arange(place, len(drawn), 2)
+    return cached(out / "cache", f"{kind}-{name}", [drawn], make, rows, of=of)[rows]
 
 
 def concept_tokens(out: Path, image_encoder: Any, adapter: IPAdapter) -> np.ndarray:
