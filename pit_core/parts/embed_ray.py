@@ -27,6 +27,7 @@ from .views import Job, Recipe, crop, decode, make_jobs
 
 BLOCKS = 10_000  # most pieces that Ray keeps account of: beyond, several shards go together
 RETRIES = 3  # of a shard whose process has died
+CALLS = 1000  # shards that a process decodes before another takes its place
 
 Row = dict[str, Any]
 Load = Callable[[], Encoder]
@@ -109,21 +110,35 @@ def _written(
         return
     data, work = ray.data, _Work(plan.folder, plan.out, plan.recipe)
     rows = [{"name": plan.names[number], "jobs": pickle.dumps(plan.shards[number])} for number in missing]
-    tasks = {"num_cpus": 1, "max_retries": RETRIES}
-    # Other arguments than the tasks', so that Ray Data does not run the decoding inside the actors.
-    models = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": RETRIES}
     pipeline = (
         data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS))
-        .map(partial(_decode, work), compute=data.TaskPoolStrategy(size=decoders), **tasks)
+        .map(
+            partial(_decode, work),
+            compute=data.TaskPoolStrategy(size=decoders),
+            num_cpus=1,
+            # Without an argument that actors do not have, Ray Data would decode inside the actors.
+            max_calls=CALLS,
+            ray_remote_args_fn=_task_retries,
+        )
         .map(
             _Encode,
             fn_constructor_args=(work, load),
             compute=data.ActorPoolStrategy(size=actors),
-            **models,
+            num_cpus=1,
+            num_gpus=gpus,
+            ray_remote_args_fn=_actor_retries,
         )
-        .map(partial(_write, work), **tasks)
+        .map(partial(_write, work), num_cpus=1, ray_remote_args_fn=_task_retries)
     )
     yield from pipeline.iter_rows()
+
+
+def _task_retries() -> Row:
+    return {"max_retries": RETRIES}
+
+
+def _actor_retries() -> Row:
+    return {"max_restarts": -1, "max_task_retries": RETRIES}
 
 
 def _decode(work: _Work, row: Row) -> Row:
