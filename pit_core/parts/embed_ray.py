@@ -192,9 +192,14 @@ def _jobs(row: Row) -> tuple[Job, ...]:
 
 @contextmanager
 def _ray(address: str | None) -> Iterator[Any]:
-    """Ray, running and quiet."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its files have the rest
+    """Ray, running and quiet: nothing is reported to anybody, and what it has to say is in its files."""
+    from accelerate.utils import patch_environment
+
+    with patch_environment(RAY_USAGE_STATS_ENABLED="0", RAY_BACKEND_LOG_LEVEL="fatal"):
+        yield from _running(address)
+
+
+def _running(address: str | None) -> Iterator[Any]:
     try:
         import ray
         import ray.data

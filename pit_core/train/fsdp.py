@@ -8,9 +8,7 @@ what is tested is what runs.
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,15 +48,11 @@ def wanted(precision: str) -> bool:
     return True
 
 
-@contextmanager
-def kept_from_accelerate() -> Iterator[None]:
+def kept_from_accelerate() -> Any:
     """Inside, accelerate does not see the switch, so that it does not shard as well."""
-    was = os.environ.pop(SWITCH, None)
-    try:
-        yield
-    finally:
-        if was is not None:
-            os.environ[SWITCH] = was
+    from accelerate.utils import patch_environment
+
+    return patch_environment(**{SWITCH: "false"})
 
 
 def spread(
@@ -131,4 +125,6 @@ def _part(full: Tensor, like: Any) -> Tensor:
 
 
 def _says(value: str, name: str) -> bool:
-    return os.environ.get(name, "").lower() == value
+    from accelerate.utils import parse_choice_from_env
+
+    return parse_choice_from_env(name, "").lower() == value
