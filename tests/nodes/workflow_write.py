@@ -28,7 +28,7 @@ WIDTH, GAP = 310, 36  # of a node, and between nodes
 HEAD = 30  # a node's title, above its position
 PADDING, TITLE = 30, 80  # of a group: around its nodes, and from its top to the first of them
 NOTE_WIDTH, NOTE_LINE, NOTE_LETTERS = 400, 22, 46
-SHOWS_PICTURES = {"PreviewImage", "SaveImage"}
+SHOWS_PICTURES = {"PreviewImage", "SaveImage", "PiTSweepGrid"}
 LOAD_IMAGE = 340
 PICTURE, REPORT = 260, 90  # pixels left under what shows pictures, and under what tells a text
 VUE = (1.1, 36)  # how much taller the newer of the two renderers draws a node: factor and pixels
@@ -134,7 +134,7 @@ def _height(node: graphs.Node, least: float) -> float:
     factor, more = VUE
     least = max(least, 120.0) if node.kind == "CLIPTextEncode" else factor * least + more
     least += PICTURE if node.kind in SHOWS_PICTURES else 0
-    tells = node.kind.startswith(("PiTLoad", "PiTSave"))
+    tells = node.kind.startswith(("PiTLoad", "PiTSave", "PiTFind"))
     return round(least + (REPORT if tells else 0))
 
 
