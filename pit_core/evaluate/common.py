@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from ..concepts import Stack
 from ..errors import PitError
+from ..files import write_text_atomic
 from ..miniature.batches import to_pixels
 from ..miniature.critters import Critter, caption
 from ..miniature.data import Picture
@@ -65,3 +69,11 @@ def margin(flags: np.ndarray) -> float:
     """Half width of the 95% interval of a share (normal approximation)."""
     share = float(flags.mean())
     return 1.96 * (share * (1 - share) / len(flags)) ** 0.5
+
+
+def write_table(out: Path, name: str, settings: dict[str, Any], rows: Sequence[Any], text: str) -> None:
+    """A table as name.json, its settings and dataclass rows, and as the text name.txt, into a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    record = {**settings, "rows": [asdict(row) for row in rows]}
+    write_text_atomic(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    write_text_atomic(out / f"{name}.txt", text + "\n")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,21 @@ from PIL import Image
 from torch import Tensor
 
 from ..concepts import Job, PriorSettings, Stack, picture_seed, prepare_parts, sample_jobs
-from ..files import write_text_atomic
 from ..miniature import critters, reader
 from ..miniature.critters import Critter
 from ..miniature.data import concept_critter, part_view
 from ..pictures import SheetRow, Tile, contact_sheet, save_png
-from .common import EVALUATION, MOST, check_whole, drawn, from_captions, margin, own_tokens, pixels_of
+from .common import (
+    EVALUATION,
+    MOST,
+    check_whole,
+    drawn,
+    from_captions,
+    margin,
+    own_tokens,
+    pixels_of,
+    write_table,
+)
 
 PART_SIZE = 256
 
@@ -183,12 +191,10 @@ def _write(
     count: int,
     seed: int,
 ) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     given = sum(len(case.given) for case in cases)
-    record = {"count": count, "given_parts": given, "seed": seed, "rows": [asdict(row) for row in rows]}
-    write_text_atomic(out / "concepts.json", json.dumps(record, indent=1) + "\n")
     heading = f"{count} held-out critters, 1 to 3 given parts ({given} in all), seed {seed}"
-    write_text_atomic(out / "concepts.txt", f"{heading}\n{table(rows)}\n")
+    settings = {"count": count, "given_parts": given, "seed": seed}
+    write_table(out, "concepts", settings, rows, f"{heading}\n{table(rows)}")
     save_png(_grid(rows, grids, cases), out / "concepts.png")
 
 

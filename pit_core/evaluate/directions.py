@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +19,13 @@ from ..directions.grid import sweep_grid
 from ..directions.run import Models, encode_pictures, features_of
 from ..directions.text import step_labels
 from ..errors import PitError
-from ..files import write_text_atomic
 from ..ip_adapter.encode import tokens_from_features
 from ..miniature import reader
 from ..miniature.attributes import ATTRIBUTES, POSED, Attribute
 from ..miniature.critters import SCENES, STYLES, random_critter
 from ..miniature.data import ABSENT, Picture, concept_critter
 from ..pictures import save_png
-from .common import EVALUATION, MOST, check_whole, drawn, from_captions, margin, pixels_of
+from .common import EVALUATION, MOST, check_whole, drawn, from_captions, margin, pixels_of, write_table
 
 PILE = 50  # pictures a side, as in the paper
 HALF = 0.5  # the step at which everything else should be as it was
@@ -214,16 +212,8 @@ def _write(
     seed: int,
     pile: int,
 ) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "count": count,
-        "seed": seed,
-        "pile": pile,
-        "steps": STEPS,
-        "rows": [asdict(row) for row in rows],
-    }
-    write_text_atomic(out / "directions.json", json.dumps(record, indent=1) + "\n")
     heading = f"{count} held-out critters, directions of {pile} and {pile} pictures, seed {seed}"
-    write_text_atomic(out / "directions.txt", f"{heading}\n{table(rows)}\n")
+    settings = {"count": count, "seed": seed, "pile": pile, "steps": STEPS}
+    write_table(out, "directions", settings, rows, f"{heading}\n{table(rows)}")
     for name, (pictures, title) in grids.items():
         save_png(sweep_grid(pictures, step_labels(STEPS), title), out / f"directions-{name}.png")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..concepts import Stack, picture_seed
-from ..files import write_text_atomic
 from ..lora.model import Lora
 from ..lora.placing import Strengths
 from ..miniature import reader
@@ -23,7 +21,7 @@ from ..miniature.data import Picture
 from ..miniature.pairs import pair_critter, pair_prompt
 from ..pictures import SheetRow, Tile, contact_sheet, save_png
 from ..render import RenderSettings, for_ip_lora
-from .common import EVALUATION, MOST, check_whole, margin, own_tokens, pixels_of
+from .common import EVALUATION, MOST, check_whole, margin, own_tokens, pixels_of, write_table
 
 WEIGHTS = (0.2, 0.4, 0.6, 0.8, 1.0)
 SHOWN = 8  # critters in the picture
@@ -154,11 +152,9 @@ def _write(
     count: int,
     seed: int,
 ) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    record = {"count": count, "seed": seed, "rows": [asdict(row) for row in rows]}
-    write_text_atomic(out / "scenes.json", json.dumps(record, indent=1) + "\n")
     heading = f"{count} held-out critters on white, each with a prompt for another scene, seed {seed}"
-    write_text_atomic(out / "scenes.txt", f"{heading}\n{table(rows)}\n")
+    settings = {"count": count, "seed": seed}
+    write_table(out, "scenes", settings, rows, f"{heading}\n{table(rows)}")
     lines = []
     for index, critter in enumerate(critters[:SHOWN]):
         reference = Picture(replace(critter, scene="plain")).draw()
