@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..errors import PitError
 from ..files import load_tensors, save_tensors
+from ..lora import model
+from ..lora.keys import kohya_name, module_name
 
 KEY = re.compile(
     r"(?P<module>.+)\.(?:lora\.(?P<old>down|up)\.weight|lora_(?P<kohya>down|up|A|B)\.weight|(?P<alpha>alpha))"
@@ -95,6 +97,23 @@ def factors_of(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
         examples = ", ".join(key[:100] for key in strangers[:3]) or "none at all"
         raise PitError(f"Expected the keys of a plain LoRA, got {examples}; convert the file to kohya keys.")
     return {name: _one_layer(name, parts) for name, parts in found.items()}
+
+
+def factors_of_lora(lora: model.Lora) -> dict[str, Factors]:
+    """The layers of a LoRA that was read in any layout; a scale other than 1 goes into `up`."""
+    return {
+        kohya_name(module): Factors(layer.down, layer.up if layer.scale == 1 else layer.up * layer.scale)
+        for module, layer in lora.layers.items()
+    }
+
+
+def lora_of_factors(
+    factors: Lora, name: str = "This LoRA", metadata: Mapping[str, str] | None = None
+) -> model.Lora:
+    """The same tensors as a LoRA, to be placed in a model or saved."""
+    modules = {module_name(layer): pair for layer, pair in factors.items()}
+    layers = {module: model.LoraLayer(module, *pair) for module, pair in modules.items()}
+    return model.Lora(layers, name=name, metadata=dict(metadata or {}))
 
 
 def layer_name(module: str) -> str:

@@ -34,7 +34,8 @@ class Quadrants(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """`method` is "splice" or "concatenation"; `note` is for the user, empty when all is as it should be."""
+    """`method` is "splice", "concatenation" or, of a single file, "entity"; `note` is for the user, empty
+    when all is as it should be."""
 
     factors: dict[str, Factors]
     method: str
@@ -141,18 +142,59 @@ def concatenate(
     }
 
 
-def merge(content: Lora | Mapping[str, Tensor], style: Lora | Mapping[str, Tensor]) -> Merged:
-    """Splice two B4M files; add up two LoRAs that do not share their frozen halves, and say so."""
-    content, style = _factors(content), _factors(style)
+class Verdict(NamedTuple):
+    """Whether two files can be spliced. reason: why not, empty when they were trained alike. difference: the
+    largest relative one of a frozen half. possible: layers, ranks and widths agree, so that it can be forced.
+    """
+
+    reason: str
+    difference: float
+    possible: bool
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"not made for each other: {self.reason}"
+        return f"made for each other: their frozen halves agree (largest difference {self.difference:.2%})"
+
+
+def verdict(content: Lora | Mapping[str, Tensor], style: Lora | Mapping[str, Tensor]) -> Verdict:
+    """Compare the layers and the frozen halves of two files."""
     try:
         difference, layer = basis_difference(content, style)
     except PitError as error:
-        note = f"B4M does not apply, so the two LoRAs were added up. {error}"
+        return Verdict(str(error), float("inf"), False)
+    same = difference <= SAME_BASIS
+    return Verdict("" if same else _other_basis(difference, layer), difference, True)
+
+
+def merge(content: Lora | Mapping[str, Tensor], style: Lora | Mapping[str, Tensor]) -> Merged:
+    """Splice two B4M files; add up two LoRAs that do not share their frozen halves, and say so."""
+    return join(content, style)
+
+
+def join(
+    content: Lora | Mapping[str, Tensor],
+    style: Lora | Mapping[str, Tensor],
+    *,
+    swap: bool = False,
+    mode: str = "auto",
+    found: Verdict | None = None,
+) -> Merged:
+    """`merge` by a mode: "auto", "splice" (also across bases, with a note) or "sum" (as if never B4M).
+
+    found: the verdict on the two files, where it is known. Raises PitError for a splice of files whose
+    layers, ranks or widths differ.
+    """
+    content, style = _factors(content), _factors(style)
+    if mode == "sum":
+        return Merged(concatenate([content, style]), "concatenation", "")
+    found = found or verdict(content, style)
+    if mode == "auto" and found.reason:
+        note = f"B4M does not apply, so the two LoRAs were added up. {found.reason}"
         return Merged(concatenate([content, style]), "concatenation", note)
-    if difference > SAME_BASIS:
-        note = f"B4M does not apply, so the two LoRAs were added up. {_other_basis(difference, layer)}"
-        return Merged(concatenate([content, style]), "concatenation", note)
-    return Merged(_spliced(content, style), "splice", "")
+    if not found.possible:
+        raise PitError(found.reason)
+    return Merged(_spliced(style, content) if swap else _spliced(content, style), "splice", found.reason)
 
 
 def _spliced(content: Mapping[str, Factors], style: Mapping[str, Factors]) -> dict[str, Factors]:
