@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import data, direction, evaluate, files, lora, miniature, sample, train
+from .commands import b4m, data, direction, evaluate, files, lora, miniature, sample, train
 
 MANY = ("--parts", "--reference", "--direction", "--from", "--to", "--pictures")
 """Options that take several values after one name, as in `--parts wing.png horns.png`."""
@@ -34,6 +34,7 @@ app.add_typer(train.app, name="train")
 app.add_typer(miniature.app, name="miniature")
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(lora.app, name="lora")
+app.add_typer(b4m.app, name="b4m")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,19 +86,22 @@ def for_ip_lora(settings: RenderSettings) -> RenderSettings:
 
 
 class Renderer:
-    """An SDXL-family pipeline and the adapter whose tokens it draws.
+    """An SDXL-family pipeline and the adapter whose tokens it draws; None for one that draws prompts alone.
 
     pipe: diffusers' StableDiffusionXLPipeline. encode_prompt: takes the place of the pipeline's own, which
     then needs neither tokenizers nor text encoders. Between calls the UNet is as it was given, bit for bit.
     Raises PitError when the adapter does not fit the UNet.
     """
 
-    def __init__(self, pipe: Any, adapter: IPAdapter, *, encode_prompt: EncodePrompt | None = None) -> None:
+    def __init__(
+        self, pipe: Any, adapter: IPAdapter | None, *, encode_prompt: EncodePrompt | None = None
+    ) -> None:
         self.pipe = pipe
         self.adapter = adapter
         self._encode_prompt = encode_prompt
         pipe.set_progress_bar_config(disable=True)
-        check_adapter_fits(pipe.unet, adapter)
+        if adapter is not None:
+            check_adapter_fits(pipe.unet, adapter)
         takes, made = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
         if takes != made:
             raise PitError(
@@ -141,20 +144,40 @@ class Renderer:
         (SDEdit, arXiv 2108.01073). Raises PitError for tokens, seeds and settings that do not fit.
         """
         settings = replace(settings or RenderSettings(), **changes)
-        null_tokens = None if settings.same_tokens else null_tokens
-        _check_rows(tokens, null_tokens, seeds)
-        width, height = self._checked_size(settings)
-        text = self._text(settings)
+        null = None if settings.same_tokens else null_tokens
+        _check_rows(tokens, null, seeds)
+
+        def shown(rows: slice) -> AbstractContextManager[None]:
+            return self._tokens(tokens[rows], _rows_of(null, rows), settings)
+
+        return self._batches(settings, seeds, shown, init_image, progress)
+
+    @torch.no_grad()
+    def draw(
+        self, settings: RenderSettings, *, seeds: Sequence[int], progress: Progress | None = None
+    ) -> list[Image.Image]:
+        """One picture per seed of the prompt alone, RGB, through the UNet without any adapter."""
+        _check_seeds(seeds)
+        return self._batches(settings, seeds, lambda _rows: nullcontext(), None, progress)
+
+    def _batches(
+        self,
+        settings: RenderSettings,
+        seeds: Sequence[int],
+        shown: Callable[[slice], AbstractContextManager[None]],
+        init_image: Image.Image | None,
+        progress: Progress | None,
+    ) -> list[Image.Image]:
+        """`shown` lets the UNet see what these rows' pictures are drawn of, beside the prompt."""
+        size, text = self._checked_size(settings), self._text(settings)
         per_batch = _steps_taken(settings, init_image)
         starts = range(0, len(seeds), settings.batch)
         done: list[Image.Image] = []
         for number, start in enumerate(starts):
             rows = slice(start, start + settings.batch)
             after = _after_step(progress, number * per_batch, len(starts) * per_batch)
-            with self._tokens(tokens[rows], _rows_of(null_tokens, rows), settings):
-                done += self._run(
-                    settings, text, list(seeds[rows]), (width, height), init_image=init_image, after=after
-                )
+            with shown(rows):
+                done += self._run(settings, text, list(seeds[rows]), size, init_image=init_image, after=after)
         return done
 
     def placed(self, lora: Lora) -> Placed:
@@ -188,7 +211,7 @@ class Renderer:
                 before.setdefault(parameter, parameter.data.cpu())
                 parameter.data = patched_weight(parameter.data, layer, strength)
         of_adapter = strengths.whole * strengths.adapter
-        if placed.adapter and of_adapter:
+        if self.adapter is not None and placed.adapter and of_adapter:
             self.adapter = apply_ip_deltas(self.adapter, placed.lora, of_adapter)
 
     def _run(
@@ -224,6 +247,8 @@ class Renderer:
     @contextmanager
     def _tokens(self, tokens: Tensor, null: Tensor | None, settings: RenderSettings) -> Iterator[None]:
         """The UNet reads these tokens inside, and is as before afterwards, also after an error."""
+        if self.adapter is None:
+            raise PitError("This renderer has no IP-Adapter, so it draws no tokens; give it one.")
         fresh = installed_context(self.unet) is None
         context = install_ip_adapter(self.unet)
         # As the pipeline decides it; a distilled UNet that takes guidance as an input runs one half.
@@ -278,7 +303,7 @@ class Renderer:
 
 def load_renderer(
     sdxl: str | os.PathLike[str],
-    adapter: IPAdapter,
+    adapter: IPAdapter | None,
     *,
     config: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
@@ -290,7 +315,9 @@ def load_renderer(
     tokenizers (its weights are not needed). Raises PitError for what is missing, damaged or no SDXL.
     """
     path = Path(sdxl)
-    adapter.layers.check_fits(layers_on_disk(path), adapter.name)
+    layers = layers_on_disk(path)
+    if adapter is not None:
+        adapter.layers.check_fits(layers, adapter.name)
     pipe = load_folder(path, dtype) if path.is_dir() else load_single_file(path, config, dtype)
     _refuse_gaps(pipe, path)
     return Renderer(pipe.to(device), adapter)
@@ -513,6 +540,10 @@ def _check_rows(tokens: Tensor, null: Tensor | None, seeds: Sequence[int]) -> No
     for name, values in (("tokens", tokens), ("null tokens", null)):
         if values is not None and not bool(torch.isfinite(values).all()):
             raise PitError(f"The {name} hold NaN or infinite numbers; check what made them.")
+    _check_seeds(seeds)
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
             raise PitError(f"Expected seeds that are whole numbers from 0 to 2^64 - 1, got {seed!r}.")

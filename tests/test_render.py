@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,20 @@ def test_weight_zero_is_the_plain_model(renderer: Renderer, tokens: torch.Tensor
     a = renderer.render(tokens[:1], null, QUICK, seeds=[1], weight=0.0)[0]
     b = renderer.render(tokens[1:2], null, QUICK, seeds=[1], weight=0.0)[0]
     assert _difference(a, b) == 0
+
+
+def test_a_prompt_is_drawn_without_an_adapter(
+    renderer: Renderer, tokens: torch.Tensor, null: torch.Tensor
+) -> None:
+    alone = Renderer(renderer.pipe, None, encode_prompt=tiny_stack.encode_prompt)
+    drawn = alone.draw(QUICK, seeds=[4, 5])
+    beside = renderer.render(tokens[:2], null, replace(QUICK, weight=0.0), seeds=[4, 5])
+    assert all(_difference(a, b) <= 1 for a, b in zip(drawn, beside, strict=True))
+    assert _difference(*drawn) > 2
+    with pytest.raises(PitError, match="has no IP-Adapter"):
+        alone.render(tokens[:1], null, QUICK, seeds=[4])
+    with pytest.raises(PitError, match="Expected seeds"):
+        alone.draw(QUICK, seeds=[-1])
 
 
 def test_without_null_tokens_both_halves_get_the_same(renderer: Renderer, tokens: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -98,7 +98,9 @@ class Source:
         return verdict(*self.factors)
 
     def join(self, swap: bool = False, mode: str = "auto") -> Merged:
-        """All layers at full strength. Raises PitError where a splice was asked for and cannot be."""
+        """All layers at full strength. Raises PitError for a splice that cannot be, and for no layers at all."""
+        if not self.content.layers:
+            raise PitError("There is nothing left of this B4M: all of its dials were 0.")
         if self.style is None:
             note = "" if kind_of(self.content) == B4M else _no_entity(self.content.name)
             return Merged(self.factors[0], "entity", note)
@@ -141,16 +143,19 @@ class Source:
 
     def saved(self, dialled: Dialled, dials: Dials) -> Lora:
         """The weighed LoRA, named and with metadata that says what it was made of."""
+        made = self.lora(dialled.factors, dialled.method)
         files = {"content_file": self.content.name.strip("'")}
         files |= {} if self.style is None else {"style_file": self.style.name.strip("'")}
         strengths = {name: f"{getattr(dials, name):g}" for name in ("content", "style", "base")}
         basis = {key: self.content.metadata[key] for key in KEPT if key in self.content.metadata}
-        kind = {KIND_KEY: PLAIN if dialled.method == "sum" else kind_of(self.content)}
-        return lora_of_factors(
-            dialled.factors,
-            f"{self} ({dialled.method})",
-            {**basis, **files, **strengths, "method": dialled.method, **kind},
-        )
+        about = {**basis, **files, **strengths, "method": dialled.method}
+        return replace(made, metadata={**made.metadata, **about})
+
+    def lora(self, factors: Mapping[str, Factors], method: str) -> Lora:
+        """These factors, made by a method of `Dialled`, as a LoRA of the right name and kind."""
+        kind = PLAIN if method == "sum" else kind_of(self.content)
+        name = str(self) if method == "entity" else f"{self} ({method})"
+        return lora_of_factors(factors, name, {KIND_KEY: kind})
 
 
 def load_source(content: str | os.PathLike[str], style: str | os.PathLike[str] | None = None) -> Source:
