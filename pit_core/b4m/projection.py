@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from ..errors import PitError
 from ..files import hash_tensors
 from .factors import Factors, Lora, layer_name
 from .riemannian import Member
+
+Learns = Literal["content", "style", "both"]
+"""Which learnable halves a gradient reaches."""
 
 TARGET = re.compile(r"(^|\.)attn[12]\.to_(q|k|v|out\.0)$")
 
@@ -57,13 +61,15 @@ class SplitProjection(nn.Module):
         self.b = nn.Parameter(b)
         self.d = nn.Parameter(d)
 
-    def forward(self, x: Tensor) -> Tensor:
-        down, up = self.factors()
+    def forward(self, x: Tensor, learns: Learns = "both") -> Tensor:
+        down, up = self.factors(learns)
         return F.linear(F.linear(x, down), up)
 
-    def factors(self) -> Factors:
-        """`down` [C | D] and `up` [A ; B]; gradients reach B and D."""
-        return Factors(torch.cat([self.c, self.d], 1), torch.cat([self.a, self.b]))
+    def factors(self, learns: Learns = "both") -> Factors:
+        """`down` [C | D] and `up` [A ; B]; gradients reach D (content), B (style), or both."""
+        b = self.b.detach() if learns == "content" else self.b
+        d = self.d.detach() if learns == "style" else self.d
+        return Factors(torch.cat([self.c, d], 1), torch.cat([self.a, b]))
 
     def pair(self) -> tuple[Member, Member]:
         """What the Riemannian optimizers take: (frozen, learnable) halves of down and up."""
@@ -124,17 +130,19 @@ class SplitAdapter(nn.Module):
         ranks = {str(p.c.shape[0]) for p in self.projections.values()}
         return {"kind": "b4m", "rank": ",".join(sorted(ranks)), "basis_hash": hash_tensors(frozen), **known}
 
+    def places(self, unet: nn.Module) -> list[tuple[SplitProjection, nn.Linear]]:
+        """Each layer with the one of `unet` that it changes; PitError when they are not the model's."""
+        linears = {layer_name(path): linear for path, linear in attention_linears(unet).items()}
+        _check_fit(self.projections, linears)
+        return [(layer, linears[name]) for name, layer in self.projections.items()]
+
     @contextmanager
     def attached(self, unet: nn.Module) -> Iterator[None]:
         """Inside the block every target layer of `unet` adds its dW; afterwards the model is as it was.
 
         Raises PitError when the layers are not those of the model.
         """
-        linears = {layer_name(path): linear for path, linear in attention_linears(unet).items()}
-        _check_fit(self.projections, linears)
-        handles = [
-            linears[name].register_forward_hook(_adding(layer)) for name, layer in self.projections.items()
-        ]
+        handles = [linear.register_forward_hook(_adding(layer)) for layer, linear in self.places(unet)]
         try:
             yield
         finally:

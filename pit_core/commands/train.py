@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,6 +55,29 @@ def train_ip_lora(
     out = read_config(config, IPLoRASettings).out
     without_loading_bars()
     _tell(run(config), out / PUBLISHED)
+
+
+class B4MStage(str, Enum):
+    """Content and style one by one, then both together."""
+
+    CONTENT = "content"
+    STYLE = "style"
+    JOIN = "join"
+
+
+@app.command("b4m")
+@plain_errors
+def train_b4m(
+    stage: Annotated[B4MStage, typer.Argument(help="What is trained.", show_default=False)],
+    config: Annotated[Path, typer.Option(help="A YAML file: the base, folders of pictures, settings.")],
+) -> None:
+    """Train a content and a style for SDXL that can be joined; goes on where an earlier run stopped."""
+    from ..train.b4m_run import published, run, settings_of
+    from .common import without_loading_bars
+
+    file = published(settings_of(config, stage.value), stage.value)
+    without_loading_bars()
+    _tell(run(config, stage.value), file)
 
 
 def _tell(result: Result, file: Path) -> None:

@@ -80,14 +80,19 @@ def _schedule(folder: Path) -> Tensor:
 
 def encoders_identity(folder: Path, encoders: Encoders) -> list[Any]:
     """What encoded tensors depend on besides pictures, captions and dtype: hashes, for a cache's key."""
+    vision = encoders.vision
+    return [base_identity(folder), [vision.content_hash, vision.mean, vision.std]]
+
+
+def base_identity(folder: Path) -> dict[str, str]:
+    """As `encoders_identity`, without an image encoder."""
     names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    files = {
+    return {
         f"{name}/{file.name}": sha256_of(file)
         for name in names
         for file in sorted((folder / name).glob("*"))
         if file.suffix in (".safetensors", ".bin", ".json", ".txt") and file.is_file()
     }
-    return [files, [encoders.vision.content_hash, encoders.vision.mean, encoders.vision.std]]
 
 
 @dataclass(frozen=True)
@@ -99,31 +104,24 @@ class Nulls:
     pooled: Tensor | None
 
 
-class Encoders(nn.Module):
-    """Pictures and captions -> the entries of an IP-Adapter's training batch; all frozen, no gradients.
+class CaptionEncoders(nn.Module):
+    """Pictures and captions -> latents and text; all frozen, no gradients."""
 
-    `plus` reads the image encoder's penultimate hidden states (B, N, W), as Plus adapters do, else its
-    projected embedding (B, P).
-    """
-
-    def __init__(self, base: BaseModel, vision: ImageEncoder, *, plus: bool) -> None:
+    def __init__(self, base: BaseModel) -> None:
         super().__init__()
-        self.vae, self.vision_model = base.vae, vision.model
+        self.vae, self.sdxl = base.vae, base.sdxl
         self.text_encoders = nn.ModuleList(base.text_encoders)
-        self.vision, self.sdxl, self.plus = vision, base.sdxl, plus
         self.tokenize = CaptionTokens(base.tokenizers)
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
     def forward(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-        """raw: "pixels" (B, 3, H, W) uint8, "clip_pixels" (B, 3, h, w) normalised, "ids" (B, encoders, T).
+        """raw: "pixels" (B, 3, H, W) uint8, "ids" (B, encoders, T).
 
-        Returns latents, features and text; for SDXL also pooled, and raw's "time_ids" (B, 6) as they are.
+        Returns latents and text; for SDXL also pooled, and raw's "time_ids" (B, 6) as they are.
         """
-        device = raw["pixels"].device.type
-        with torch.autocast(device, enabled=False):
-            batch = {"latents": self.latents(raw["pixels"]), "features": self.features(raw["clip_pixels"])}
-            batch |= self.text(raw["ids"])
+        with torch.autocast(raw["pixels"].device.type, enabled=False):
+            batch = {"latents": self.latents(raw["pixels"]), **self.text(raw["ids"])}
         if self.sdxl:
             batch["time_ids"] = raw["time_ids"]
         return batch
@@ -134,11 +132,6 @@ class Encoders(nn.Module):
         values = pixels.to(next(self.vae.parameters()).dtype) / 127.5 - 1
         latents = self.vae.encode(values).latent_dist.mode()  # type: ignore[operator]
         return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
-
-    def features(self, clip_pixels: Tensor) -> Tensor:
-        """Normalised pixels (B, 3, h, w) -> hidden states (B, N, W) or embeddings (B, P)."""
-        hidden, embeds = self.vision(clip_pixels)
-        return hidden if self.plus else embeds
 
     def text(self, ids: Tensor) -> dict[str, Tensor]:
         """Token ids (B, encoders, T) -> {"text"} and, for SDXL, {"pooled"}.
@@ -153,6 +146,32 @@ class Encoders(nn.Module):
             "text": torch.cat([out.hidden_states[-2] for out in outs], dim=-1),
             "pooled": outs[-1].text_embeds,
         }
+
+
+class Encoders(CaptionEncoders):
+    """Pictures and captions -> the entries of an IP-Adapter's training batch; all frozen, no gradients.
+
+    `plus` reads the image encoder's penultimate hidden states (B, N, W), as Plus adapters do, else its
+    projected embedding (B, P).
+    """
+
+    def __init__(self, base: BaseModel, vision: ImageEncoder, *, plus: bool) -> None:
+        super().__init__(base)
+        self.vision_model = vision.model.requires_grad_(False).eval()
+        self.vision, self.plus = vision, plus
+
+    @torch.no_grad()
+    def forward(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `CaptionEncoders`, and from "clip_pixels" (B, 3, h, w), normalised, also the features."""
+        batch = super().forward(raw)
+        with torch.autocast(raw["pixels"].device.type, enabled=False):
+            batch["features"] = self.features(raw["clip_pixels"])
+        return batch
+
+    def features(self, clip_pixels: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, h, w) -> hidden states (B, N, W) or embeddings (B, P)."""
+        hidden, embeds = self.vision(clip_pixels)
+        return hidden if self.plus else embeds
 
     @torch.no_grad()
     def nulls(self) -> Nulls:

@@ -205,7 +205,7 @@ class Captioned:
     """Decoded pictures and tokenised captions, made anew for every batch: what `Encoders` reads.
 
     `tokenize` takes captions to ids (B, encoders, T), `preprocess` a picture to the normalised pixels
-    (1, 3, h, w) that the image encoder reads.
+    (1, 3, h, w) that an image encoder reads; without one there are none.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class Captioned:
         pictures: Sequence[Picture],
         resolution: int,
         tokenize: Callable[[Sequence[str]], Tensor],
-        preprocess: Callable[[Image.Image], Tensor],
+        preprocess: Callable[[Image.Image], Tensor] | None = None,
     ) -> None:
         self.pictures, self.resolution = pictures, resolution
         self.tokenize, self.preprocess = tokenize, preprocess
@@ -223,18 +223,16 @@ class Captioned:
 
     def fetch(self, items: Sequence[Item]) -> Tensors:
         chosen = [self.pictures[index] for _, index in items]
-        squares, clips, ids = zip(*(self._one(picture) for picture in chosen), strict=True)
-        return {
-            "pixels": torch.stack(squares),
-            "clip_pixels": torch.cat(clips),
+        images = [flatten(read_picture(picture.path)) for picture in chosen]
+        squares, ids = zip(*(centre_square(image, self.resolution) for image in images), strict=True)
+        raw = {
+            "pixels": torch.stack([as_pixels(square) for square in squares]),
             "time_ids": torch.tensor(ids, dtype=torch.float32),
             "ids": self.tokenize([picture.text for picture in chosen]),
         }
-
-    def _one(self, picture: Picture) -> tuple[Tensor, Tensor, list[int]]:
-        image = flatten(read_picture(picture.path))
-        square, time_ids = centre_square(image, self.resolution)
-        return as_pixels(square), self.preprocess(image), time_ids
+        if self.preprocess is not None:
+            raw["clip_pixels"] = torch.cat([self.preprocess(image) for image in images])
+        return raw
 
 
 # encoded once

@@ -78,6 +78,10 @@ def _value(value: Any, hint: Any, name: str, folder: Path) -> Any:
 
 
 def _tuple(value: Any, kinds: tuple[Any, ...], name: str, folder: Path) -> tuple[Any, ...]:
+    if kinds[-1] is Ellipsis:
+        if not isinstance(value, list):
+            raise PitError(f"Expected {name} to be a list, got {value!r}.")
+        return tuple(_value(v, kinds[0], f"entry {n} of {name}", folder) for n, v in enumerate(value, 1))
     if not isinstance(value, list) or len(value) != len(kinds):
         raise PitError(f"Expected {name} to be a list of {len(kinds)} values, got {value!r}.")
     return tuple(_value(v, kind, name, folder) for v, kind in zip(value, kinds, strict=True))

@@ -88,9 +88,9 @@ class IPLoRAObjective(Objective):
         self._check_nulls()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            _inject(unet, OF_UNET, rank)
+            inject_lora(unet, OF_UNET, rank)
             if lora_on_ip_adapter:
-                _inject(adapter.layers, OF_ADAPTER, rank)
+                inject_lora(adapter.layers, OF_ADAPTER, rank)
         self.eval()
 
     @property
@@ -161,8 +161,11 @@ def min_snr_loss(predicted: Tensor, noise: Tensor, alphas_cumprod: Tensor, limit
     return (errors * snr.clamp(max=limit) / snr).mean()
 
 
-def _inject(model: nn.Module, layers: str, rank: int) -> None:
-    """Put peft's LoRA on the layers whose names match; in float32, whatever the model is in."""
+def inject_lora(model: nn.Module, layers: str, rank: int) -> None:
+    """Put peft's LoRA on the layers whose names match; in float32, whatever the model is in.
+
+    Its alpha is the rank, and it changes nothing at first.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=layers)
@@ -170,6 +173,12 @@ def _inject(model: nn.Module, layers: str, rank: int) -> None:
     for _name, layer in _with_lora(model):
         for factors in (layer.lora_A, layer.lora_B):
             factors.float()
+
+
+def lora_factors(model: nn.Module) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """The layers that `inject_lora` has changed, by name, with the parameters' own (down, up)."""
+    for name, layer in _with_lora(model):
+        yield name, (layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data)
 
 
 def _with_lora(model: nn.Module) -> Iterator[tuple[str, Any]]:

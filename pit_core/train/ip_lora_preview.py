@@ -55,7 +55,7 @@ class Previews:
         self, base: Path, vae: Any, objective: IPLoRAObjective, shown: Sequence[Shown], settings: Preview
     ) -> None:
         self.vae, self.objective, self.shown, self.settings = vae, objective, list(shown), settings
-        self.scheduler = _scheduler(base)
+        self.scheduler = sampling_scheduler(base)
 
     def draw(self, path: Path) -> None:
         """Write the sheet. A picture that cannot be drawn is a warning: it is no reason to end a training."""
@@ -68,7 +68,8 @@ class Previews:
 
     def _row(self, shown: Shown, seed: int) -> SheetRow:
         objective, settings = self.objective, self.settings
-        renderer = Renderer(self._pipe(), objective.adapter, encode_prompt=_prompt_of(shown))
+        pipe = pipe_without_text(objective.unet, self.vae, self.scheduler)
+        renderer = Renderer(pipe, objective.adapter, encode_prompt=_prompt_of(shown))
         drawing = RenderSettings(
             shown.example.text, steps=settings.steps, guidance=settings.guidance, size=shown.size
         )
@@ -82,19 +83,18 @@ class Previews:
         ]
         return SheetRow([], tiles, shown.example.text or "(no text)")
 
-    def _pipe(self) -> Any:
-        """SDXL without its text encoders, which are no longer there."""
-        from diffusers import StableDiffusionXLPipeline
 
-        unet: Any = self.objective.unet
-        none = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-        vae = self.vae.to(unet.device, unet.dtype)
-        return StableDiffusionXLPipeline(
-            vae=vae, unet=unet, scheduler=self.scheduler, add_watermarker=False, **none
-        )
+def pipe_without_text(unet: Any, vae: Any, scheduler: Any) -> Any:
+    """SDXL without its text encoders, which are no longer there; the VAE follows the UNet."""
+    from diffusers import StableDiffusionXLPipeline
+
+    none = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    vae = vae.to(unet.device, unet.dtype)
+    return StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=scheduler, add_watermarker=False, **none)
 
 
-def _scheduler(folder: Path) -> Any:
+def sampling_scheduler(folder: Path) -> Any:
+    """The Euler sampler with the settings in a base model's folder."""
     from diffusers import EulerDiscreteScheduler
 
     return load_part(EulerDiscreteScheduler, folder / "scheduler")

@@ -136,6 +136,19 @@ class Objective(nn.Module):
         """Put trainable parts in training mode; frozen ones stay in eval."""
         self.train()
 
+    def optimizer(self, config: LoopConfig) -> torch.optim.Optimizer:
+        """What steps the trainable parameters: AdamW, unless a method has its own.
+
+        The loop sets each parameter group's learning rate to the schedule's, times the group's "lr_scale" if
+        it has one, and clips the gradients of each group by themselves. FSDP takes AdamW in one group only.
+        """
+        return torch.optim.AdamW(
+            list(_trainable(self).values()),
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
+
 
 @dataclass
 class Result:
@@ -225,9 +238,9 @@ def train(
     named = _trainable(objective)
     if not named:
         raise PitError("nothing to train: no parameter of this objective requires a gradient.")
-    optimizer = torch.optim.AdamW(
-        list(named.values()), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-    )
+    optimizer = objective.optimizer(config)
+    if sharding and (type(optimizer) is not torch.optim.AdamW or len(optimizer.param_groups) > 1):
+        raise PitError("this method has its own optimizer, which FSDP cannot spread; launch without it.")
     step = 0
     newest = latest_checkpoint(out)
     ema = EMAModel(list(named.values()), decay=config.ema_decay, foreach=True)
@@ -272,7 +285,7 @@ def train(
     with _prepared(accelerator, objective), _interrupt_flag() as interrupted:
         while step < config.steps:
             for group in optimizer.param_groups:
-                group["lr"] = config.lr_at(step)
+                group["lr"] = config.lr_at(step) * group.get("lr_scale", 1.0)
             losses = _step(accelerator, model, optimizer, batches, config, step, rank, world)
             ema.step(list(named.values()))
             step += 1
@@ -320,9 +333,11 @@ def _step(
             sums[name] = sums[name] + share if name in sums else share
     losses = {name: float(accelerator.reduce(value, "mean")) for name, value in sums.items()}
     _check_finite("loss", losses["loss"], step)
-    norm = accelerator.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    if accelerator.scaler is None:  # with fp16 an overflow is expected: the scaler skips the step
-        _check_finite("gradient's norm", float(fsdp.whole(norm)), step)
+    accelerator.unscale_gradients()
+    for group in optimizer.param_groups:
+        norm = nn.utils.clip_grad_norm_(group["params"], config.grad_clip or math.inf)
+        if accelerator.scaler is None:  # with fp16 an overflow is expected: the scaler skips the step
+            _check_finite("gradient's norm", float(fsdp.whole(norm)), step)
     optimizer.step()
     optimizer.zero_grad()
     return losses
