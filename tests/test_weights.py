@@ -26,7 +26,7 @@ from pit_core.miniature.export import LIMIT
 from pit_core.miniature.models import STACK_FILES, WEIGHTS
 from pit_core.miniature.recipes import RECIPES
 from pit_core.miniature.sets import reader_picture
-from pit_core.miniature.train import reconstruction_db
+from pit_core.miniature.stage import reconstruction_db
 
 SEED = 99  # of pictures that no training and no tuning has seen
 

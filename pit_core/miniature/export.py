@@ -20,7 +20,7 @@ from ..ip_adapter.encode import save_image_encoder
 from ..ip_prior.checkpoint import save_prior
 from ..ip_prior.info import PriorInfo
 from ..train.loop import latest_checkpoint
-from . import models, trained
+from . import flux_trained, models, trained
 from .models import WEIGHTS
 from .train import SLOTS
 
@@ -158,6 +158,14 @@ def _ip_lora(out: Path, folder: Path, stage: str) -> list[str]:
     return [name]
 
 
+def _flux_vae(out: Path, folder: Path) -> list[str]:
+    return _diffusers(flux_trained.trained_flux_vae(out), folder, "flux_vae")
+
+
+def _flux_fill(out: Path, folder: Path) -> list[str]:
+    return _diffusers(flux_trained.trained_fill(out), folder, "flux_fill")
+
+
 def _half(model: nn.Module, folder: Path, name: str) -> str:
     tensors = {key: value.half() for key, value in model.state_dict().items()}
     save_tensors(folder / f"{name}.safetensors", tensors, {"format": "pt"})
@@ -174,6 +182,8 @@ _WRITERS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], list[str]]]] =
     **{stage: ((stage,), partial(_ip_lora, stage=stage)) for stage in trained.IP_LORA_STAGES},
     # The reader that served while tuning stays at home: figures come from the other one.
     "reader-judge": (("reader-judge",), _judge),
+    "flux-vae": (("flux-vae",), _flux_vae),
+    "flux-fill": (flux_trained.FILL_STAGES, _flux_fill),
 }
 
 # The stages that a file's weights go through, by its folder or name.
@@ -186,4 +196,6 @@ _STAGES: dict[str, tuple[str, ...]] = {
     "ip_prior.safetensors": trained.PRIOR_STAGES,
     **{f"{stage.replace('-', '_')}.safetensors": (stage,) for stage in trained.IP_LORA_STAGES},
     "reader_judge.safetensors": ("reader-judge",),
+    "flux_vae": ("flux-vae",),
+    "flux_fill": flux_trained.FILL_STAGES,
 }

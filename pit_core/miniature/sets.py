@@ -16,11 +16,13 @@ from .batches import Captioner, Pictures
 from .corrupt import corrupt
 from .critters import SCENES, STYLES, random_critter
 from .data import Drawn, Maker, Picture, PictureSet
+from .diptychs import Diptych, random_diptych
 from .pairs import drawn_pair, pair_critter, pair_prompt
 from .scale import scaled_count
 
 # Seeds.
 WORLD, WORLD_CHECK, CONCEPTS, READER, READER_CHECK, SCENE_PAIRS, SHEET_PAIRS = 11, 12, 21, 31, 32, 41, 42
+DIPTYCHS, DIPTYCHS_CHECK = 51, 52
 
 
 def pictures(out: Path, name: str) -> PictureSet:
@@ -113,6 +115,28 @@ def pair_prompts(out: Path, kind: str) -> list[str]:
     return [pair_prompt(kind, pair_critter(kind, seed, int(group))) for group in groups]
 
 
+def diptychs(out: Path, name: str) -> list[Diptych]:
+    """What the set "diptychs", or "diptychs-check", shows, in its order."""
+    make = {"diptychs": _diptych, "diptychs-check": _diptych_check}[name]
+    return [make(int(group)) for group in pictures(out, name).groups[::2]]
+
+
+def _diptych(index: int) -> Diptych:
+    return random_diptych(DIPTYCHS, index)
+
+
+def _diptych_check(index: int) -> Diptych:
+    return random_diptych(DIPTYCHS_CHECK, index, held_out=True)
+
+
+def _draw_diptych(index: int) -> list[Drawn]:
+    return _diptych(index).drawn()
+
+
+def _draw_diptych_check(index: int) -> list[Drawn]:
+    return _diptych_check(index).drawn()
+
+
 def reader_picture(rng: np.random.Generator, held_out: bool | None, damaged: bool | None = None) -> Drawn:
     """A critter, clean or damaged; ``damaged`` None leaves it to chance."""
     styles = STYLES if rng.random() < 0.25 else ("flat",)
@@ -132,4 +156,6 @@ _SETS: dict[str, tuple[Maker, int]] = {
     "reader-check": (_draw_reader_check, 2000),
     "scene-pairs": (_draw_scene_pair, 4000),
     "sheet-pairs": (_draw_sheet_pair, 4000),
+    "diptychs": (_draw_diptych, 12000),
+    "diptychs-check": (_draw_diptych_check, 200),
 }

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import PitError
 from ..train.ip_prior import IPPriorObjective
-from ..train.loop import Data, Objective, Result, latest_checkpoint, train
-from . import models, reader
+from ..train.loop import Result, latest_checkpoint
+from . import flux_train, models, reader
 from .batches import Captioned, Concepts, Conditioned, Pairs, Pictures, to_pixels
+from .flux_trained import FILL_STAGES
 from .objectives import ContrastiveObjective, DecoderObjective, ReaderObjective, UNetObjective, VAEObjective
-from .recipes import RECIPES, SNR_LIMIT, quick_precision
+from .recipes import RECIPES, SNR_LIMIT
 from .scale import scale_of, scaled_config, set_scale
 from .sets import (
     adapter_pictures,
@@ -33,6 +33,7 @@ from .sets import (
     pictures,
     vision_pictures,
 )
+from .stage import db_check, train_stage
 from .tokenizer import WordTokenizer
 from .trained import (
     ADAPTER_STAGES,
@@ -58,7 +59,6 @@ from .trained import (
 )
 
 SLOTS = 3  # parts that the prior is trained with, at most
-CHECKED = 100  # pictures that the VAE's figure is measured on
 LEAST_DB = 32.0  # what the VAE reaches before other models learn on its latents
 
 
@@ -87,6 +87,8 @@ def main(
     for name in STAGES if stage is None else (stage,):
         if name in (*UNET_STAGES, *ADAPTER_STAGES, *IP_LORA_STAGES):
             require_good_vae(out)
+        if name in FILL_STAGES:
+            require_good_vae(out, ("flux-vae",))
         result = _run_stage(name, out, minutes) if processes == 1 else _shared(name, out, minutes, processes)
         results.append((name, result))
         if not result.finished:
@@ -112,18 +114,13 @@ def _shared(name: str, out: Path, minutes: float | None, processes: int) -> Resu
     return Result(step, step >= scaled_config(out, RECIPES[name]).steps, {}, 0.0)
 
 
-def _train(name: str, objective: Objective, batches: Data, out: Path, **options: Any) -> Result:
-    config = quick_precision(scaled_config(out, RECIPES[name], len(batches)))
-    return train(objective, batches, config, out / name, description=name.replace("-", " "), **options)
-
-
 def train_encoders(out: Path, **options: Any) -> Result:
     """Text and image encoder, contrastive, on the world and on the concepts' parts."""
     torch.manual_seed(RECIPES["encoders"].seed)
     tokenizer = WordTokenizer(models.TEXT_LENGTH)
     objective = ContrastiveObjective(models.build_image_encoder(), models.build_text_encoder(len(tokenizer)))
     batches = Captioned(Pictures(everything(out)), captioner(out), tokenizer)
-    return _train("encoders", objective, batches, out, **options)
+    return train_stage("encoders", objective, batches, out, **options)
 
 
 def train_vision(out: Path, **options: Any) -> Result:
@@ -138,7 +135,7 @@ def train_vision(out: Path, **options: Any) -> Result:
         readings = reader.read(objective.read_attributes, pixels)
         return _named("whole", reader.accuracy(readings, check.labels[whole]))
 
-    return _train("vision", objective, batches, out, validate=validate, **options)
+    return train_stage("vision", objective, batches, out, validate=validate, **options)
 
 
 def _named(prefix: str, figures: dict[str, float]) -> dict[str, float]:
@@ -150,45 +147,29 @@ def train_vae(out: Path, **options: Any) -> Result:
     torch.manual_seed(RECIPES["vae"].seed)
     vae = models.build_vae()
     batches = Pictures([pictures(out, "world")], crop=64)
-    return _train("vae", VAEObjective(vae), batches, out, validate=_db_check(out, vae), **options)
+    return train_stage("vae", VAEObjective(vae), batches, out, validate=db_check(out, vae), **options)
 
 
 def train_decoder(out: Path, **options: Any) -> Result:
     """The VAE's decoder alone on whole pictures, while the latents that others learn on stay as they are."""
     vae = first_vae(out)
     batches = Pictures([pictures(out, "world")])
-    return _train("decoder", DecoderObjective(vae), batches, out, validate=_db_check(out, vae), **options)
+    return train_stage("decoder", DecoderObjective(vae), batches, out, validate=db_check(out, vae), **options)
 
 
-def _db_check(out: Path, vae: Any) -> Callable[[int], dict[str, float]]:
-    check = to_pixels(pictures(out, "world-check").pixels[:CHECKED])
-    return lambda step: {"db": reconstruction_db(vae, check)}
-
-
-@torch.no_grad()
-def reconstruction_db(vae: Any, pixels: Tensor) -> float:
-    """Mean PSNR in dB over pictures (B, 3, H, W) in [-1, 1], through encode and decode."""
-    values = []
-    for chunk in pixels.split(20):
-        decoded = vae.decode(vae.encode(chunk).latent_dist.mode()).sample.clamp(-1, 1)
-        mse = ((decoded - chunk) / 2).pow(2).mean(dim=(1, 2, 3))
-        values.append(-10 * torch.log10(mse))
-    return float(torch.cat(values).mean())
-
-
-def require_good_vae(out: Path) -> None:
-    """Raise PitError when the VAE that was trained in ``out`` came out under LEAST_DB.
+def require_good_vae(out: Path, stages: tuple[str, ...] = ("vae", "decoder")) -> None:
+    """Raise PitError when the VAE that these stages trained in ``out`` came out under LEAST_DB.
 
     The shipped one was accepted before; in a trial at a smaller scale no VAE gets that far.
     """
-    newest = latest_checkpoint(out / "decoder") or latest_checkpoint(out / "vae")
+    newest = next((found for stage in stages[::-1] if (found := latest_checkpoint(out / stage))), None)
     if newest is None or scale_of(out) < 1:
         return
     db = json.loads((newest / "state.json").read_text("utf-8"))["metrics"]["db"]
     if not db >= LEAST_DB:
         raise PitError(
             f"The VAE in '{out}' reached {db:.2f} dB, but other models learn on its latents only from "
-            f"{LEAST_DB:g} dB on; finish or redo its stages vae and decoder, or begin one --from-shipped."
+            f"{LEAST_DB:g} dB on; finish or redo {' and '.join(stages)}, or begin one --from-shipped."
         )
 
 
@@ -207,7 +188,7 @@ def train_reader(out: Path, name: str, **options: Any) -> Result:
         return _named("clean", clean) | _named("damaged", damaged)
 
     batches = Pictures([pictures(out, "reader")], moved=True)
-    return _train(stage, ReaderObjective(model), batches, out, validate=validate, **options)
+    return train_stage(stage, ReaderObjective(model), batches, out, validate=validate, **options)
 
 
 def train_unet(out: Path, stage: str, **options: Any) -> Result:
@@ -218,7 +199,7 @@ def train_unet(out: Path, stage: str, **options: Any) -> Result:
     torch.manual_seed(RECIPES[stage].seed)
     limit = None if stage == UNET_STAGES[0] else SNR_LIMIT
     objective = UNetObjective(unet_before(out, stage), alphas_cumprod(), limit)
-    return _train(stage, objective, _unet_batches(out), out, **options)
+    return train_stage(stage, objective, _unet_batches(out), out, **options)
 
 
 def _unet_batches(out: Path) -> Conditioned:
@@ -243,7 +224,7 @@ def train_adapter(out: Path, stage: str, **options: Any) -> Result:
         {"latents": base_latents(out, trained_vae(out)), "features": base_features(out, image)},
     )
     earlier = ADAPTER_STAGES[: ADAPTER_STAGES.index(stage)]
-    return _train(stage, adapter_objective(out, image, text, earlier), batches, out, **options)
+    return train_stage(stage, adapter_objective(out, image, text, earlier), batches, out, **options)
 
 
 def train_prior(out: Path, stage: str, **options: Any) -> Result:
@@ -255,7 +236,8 @@ def train_prior(out: Path, stage: str, **options: Any) -> Result:
     with torch.no_grad():
         white = adapter(models.image_features(image, torch.ones(1, 3, models.CANVAS, models.CANVAS)))[0]
     objective = IPPriorObjective(prior_before(out, stage), white=white)
-    return _train(stage, objective, Concepts(pictures(out, "concepts"), tokens, white, SLOTS), out, **options)
+    batches = Concepts(pictures(out, "concepts"), tokens, white, SLOTS)
+    return train_stage(stage, objective, batches, out, **options)
 
 
 def train_ip_lora(out: Path, stage: str, **options: Any) -> Result:
@@ -271,7 +253,7 @@ def train_ip_lora(out: Path, stage: str, **options: Any) -> Result:
         WordTokenizer(models.TEXT_LENGTH),
         text,
     )
-    return _train(stage, objective, batches, out, **options)
+    return train_stage(stage, objective, batches, out, **options)
 
 
 STAGES: dict[str, Callable[..., Result]] = {
@@ -285,4 +267,5 @@ STAGES: dict[str, Callable[..., Result]] = {
     **{stage: partial(train_adapter, stage=stage) for stage in ADAPTER_STAGES},
     **{stage: partial(train_prior, stage=stage) for stage in PRIOR_STAGES},
     **{stage: partial(train_ip_lora, stage=stage) for stage in IP_LORA_STAGES},
+    **flux_train.STAGES,
 }

@@ -76,10 +76,12 @@ _SHIPPED = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "adapter": "ip_adapter_plus.safetensors",
     "prior": "ip_prior.safetensors",
+    "flux-vae": "flux_vae/diffusion_pytorch_model.safetensors",
+    "flux-fill": "flux_fill/diffusion_pytorch_model.safetensors",
 }
 
 
-def _shipped(out: Path, stage: str) -> Path | None:
+def shipped_file(out: Path, stage: str) -> Path | None:
     """The shipped file that stands in for a stage, or None where the stage was trained here."""
     path = out / "shipped" / _SHIPPED[stage]
     return path if path.is_file() and latest_checkpoint(out / stage) is None else None
@@ -90,11 +92,11 @@ def weights_of(out: Path, *stages: str) -> str:
     files = []
     for stage in stages:
         newest = latest_checkpoint(out / stage)
-        files.append(newest / "ema.safetensors" if newest else _shipped(out, stage))
+        files.append(newest / "ema.safetensors" if newest else shipped_file(out, stage))
     return "-".join(sha256_of(path)[:12] for path in files if path is not None)
 
 
-def _newest_of(out: Path, stages: Sequence[str]) -> str | None:
+def newest_of(out: Path, stages: Sequence[str]) -> str | None:
     """The last of these stages that was trained here, if any was."""
     there = [stage for stage in stages if latest_checkpoint(out / stage)]
     return there[-1] if there else None
@@ -105,7 +107,7 @@ def _newest_of(out: Path, stages: Sequence[str]) -> str | None:
 
 def first_vae(out: Path) -> Any:
     """The VAE before its decoder was finished; a shipped one has its latents normalised already."""
-    shipped = _shipped(out, "vae")
+    shipped = shipped_file(out, "vae")
     if shipped:
         from diffusers import AutoencoderKL
 
@@ -121,7 +123,7 @@ def trained_vae(out: Path) -> Any:
     if latest_checkpoint(out / "decoder"):
         load_stage(DecoderObjective(vae), out, "decoder")
     vae.requires_grad_(False)
-    if not _shipped(out, "vae"):
+    if not shipped_file(out, "vae"):
         measured = _latent_statistics(out, vae)
         models.normalise_latents(vae, measured["mean"], measured["std"], models.SDXL_LATENT_SCALE)
     return vae.eval()
@@ -153,7 +155,7 @@ def vision_objective(out: Path) -> ContrastiveObjective:
 
 def trained_encoders(out: Path) -> tuple[Any, Any]:
     """Image and text encoder, frozen."""
-    shipped = _shipped(out, "vision")
+    shipped = shipped_file(out, "vision")
     if shipped:
         from ..ip_adapter.encoder import load_image_encoder
 
@@ -179,8 +181,8 @@ def trained_unet(out: Path) -> Any:
 
 
 def _newest_unet(out: Path, stages: Sequence[str]) -> Any:
-    newest = _newest_of(out, stages)
-    shipped = _shipped(out, "unet")
+    newest = newest_of(out, stages)
+    shipped = shipped_file(out, "unet")
     if shipped and not newest:
         from diffusers import UNet2DConditionModel
 
@@ -199,7 +201,7 @@ def adapter_objective(out: Path, image: Any, text: Any, stages: Sequence[str] = 
     With it goes what a dropped picture and a dropped text turn into.
     """
     unet = trained_unet(out)
-    newest, shipped = _newest_of(out, stages), _shipped(out, "adapter")
+    newest, shipped = newest_of(out, stages), shipped_file(out, "adapter")
     if stages and shipped and not newest:
         adapter = _load_adapter(shipped)
     else:
@@ -222,8 +224,8 @@ def adapter_objective(out: Path, image: Any, text: Any, stages: Sequence[str] = 
 
 def trained_adapter(out: Path) -> IPAdapter:
     """The IP-Adapter of its newest stage, frozen."""
-    shipped = _shipped(out, "adapter")
-    if shipped and not _newest_of(out, ADAPTER_STAGES):
+    shipped = shipped_file(out, "adapter")
+    if shipped and not newest_of(out, ADAPTER_STAGES):
         return _load_adapter(shipped).requires_grad_(False)
     objective = adapter_objective(out, *trained_encoders(out), ADAPTER_STAGES)
     return objective.adapter.requires_grad_(False)
@@ -250,7 +252,7 @@ def trained_prior(out: Path) -> IPPrior:
 
 
 def _newest_prior(out: Path, stages: Sequence[str]) -> IPPrior:
-    newest, shipped = _newest_of(out, stages), _shipped(out, "prior")
+    newest, shipped = newest_of(out, stages), shipped_file(out, "prior")
     if shipped and not newest:
         from ..ip_prior.checkpoint import load_prior
 
@@ -338,7 +340,7 @@ def pair_tokens(out: Path, kind: str, image_encoder: Any, adapter: IPAdapter) ->
     def make(pixels: Tensor) -> Tensor:
         return adapter(models.image_features(image_encoder, pixels))
 
-    of = weights_of(out, "vision", _newest_of(out, ADAPTER_STAGES) or "adapter")
+    of = weights_of(out, "vision", newest_of(out, ADAPTER_STAGES) or "adapter")
     return _of_pairs(out, kind, 1, "tokens", make, of)
 
 
@@ -357,5 +359,5 @@ def concept_tokens(out: Path, image_encoder: Any, adapter: IPAdapter) -> np.ndar
     def make(pixels: Tensor) -> Tensor:
         return adapter(models.image_features(image_encoder, pixels))
 
-    of = weights_of(out, "vision", _newest_of(out, ADAPTER_STAGES) or "adapter")
+    of = weights_of(out, "vision", newest_of(out, ADAPTER_STAGES) or "adapter")
     return cached(out / "cache", "tokens", [pictures(out, "concepts")], make, of=of)
