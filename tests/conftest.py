@@ -1,10 +1,17 @@
 """What every test shares: the repository's root, and one thread for tensors that are too small for two."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from pit_core.concepts import Stack
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,3 +47,27 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
         return int(caught.value.code or 0), out, err
 
     return call
+
+
+# what the evaluation's tests measure
+
+
+@pytest.fixture(scope="module")
+def stack() -> Stack:
+    """An untrained stack; its pictures are as large as the miniature's readers want them."""
+    import tiny_stack
+
+    from pit_core.miniature.models import CANVAS
+
+    made = tiny_stack.stack()
+    made.defaults = replace(made.defaults, size=(CANVAS, CANVAS), steps=1)
+    return made
+
+
+@pytest.fixture(scope="module")
+def judge() -> torch.nn.Module:
+    """An untrained reader."""
+    from pit_core.miniature.models import build_reader
+
+    torch.manual_seed(0)
+    return build_reader("judge").eval()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_stack
 import torch
 from PIL import Image
 
@@ -18,27 +16,12 @@ from pit_core.errors import PitError
 from pit_core.evaluate import concepts
 from pit_core.evaluate.common import margin
 from pit_core.evaluate.concepts import Row, concept_cases, table
-from pit_core.miniature import models
 from pit_core.miniature.critters import KINDS, is_held_out
 
 ROWS = [
     Row("IP-Prior", 0.9123, 0.02, 0.96, 0.013, 0.95, 0.94),
     Row("ceiling: the true concept's tokens", 0.99, 0.01, 1.0, 0.0, 1.0, 0.99),
 ]
-
-
-@pytest.fixture(scope="module")
-def stack() -> Stack:
-    """Untrained; its pictures are as large as the readers want them."""
-    stack = tiny_stack.stack()
-    stack.defaults = replace(stack.defaults, size=(models.CANVAS, models.CANVAS))
-    return stack
-
-
-@pytest.fixture(scope="module")
-def judge() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return models.build_reader("judge").eval()
 
 
 # cases

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_stack
 import torch
 from PIL import Image
 
@@ -16,24 +14,9 @@ from pit_core.concepts import Stack
 from pit_core.errors import PitError
 from pit_core.evaluate import directions
 from pit_core.evaluate.directions import Row, followed, others_kept, table
-from pit_core.miniature import models, reader
+from pit_core.miniature import reader
 from pit_core.miniature.attributes import ATTRIBUTES
 from pit_core.miniature.critters import SCENES, STYLES, is_held_out
-
-
-@pytest.fixture(scope="module")
-def stack() -> Stack:
-    """Untrained; its pictures are as large as the readers want them."""
-    stack = tiny_stack.stack()
-    stack.defaults = replace(stack.defaults, size=(models.CANVAS, models.CANVAS), steps=1)
-    return stack
-
-
-@pytest.fixture(scope="module")
-def judge() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return models.build_reader("judge").eval()
-
 
 # attributes
 

@@ -17,24 +17,9 @@ from pit_core.evaluate import scenes
 from pit_core.evaluate.scenes import WEIGHTS, Row, table
 from pit_core.ip_adapter.layers import layers_of_unet
 from pit_core.lora.model import Lora, LoraLayer
-from pit_core.miniature import models
 from pit_core.miniature.critters import SCENES, is_held_out
 from pit_core.miniature.data import labels_of
 from pit_core.miniature.pairs import drawn_pair, pair_critter, pair_prompt
-
-
-@pytest.fixture(scope="module")
-def stack() -> Stack:
-    """Untrained; its pictures are as large as the readers want them."""
-    stack = tiny_stack.stack()
-    stack.defaults = replace(stack.defaults, size=(models.CANVAS, models.CANVAS), steps=1)
-    return stack
-
-
-@pytest.fixture(scope="module")
-def judge() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return models.build_reader("judge").eval()
 
 
 def _lora(stack: Stack, up: float) -> Lora:
