@@ -20,14 +20,15 @@ from ..pit_core.errors import PitError
 from ..pit_core.ip_adapter.encode import tokens_from_features
 from ..pit_core.ip_adapter.pixels import preprocess
 from ..pit_core.ip_adapter.tokens import IPTokens
+from ..pit_core.miniature.assets import DIRECTIONS
 from . import host
 from .encoding import Encoding
 from .images import to_image, to_pictures
-from .sockets import DirectionSocket, IPAdapterSocket, IPTokensSocket, schema
+from .miniature import shipped_names, shipped_or_own, state_of_either
+from .sockets import DirectionSocket, IPAdapterSocket, IPTokensSocket, naming, schema
 from .token_tools import checked
 
 SPACES = {"IP tokens": "tokens", "CLIP features": "clip"}
-NOTHING = "(no directions yet)"
 CLIP = "For directions in CLIP features"
 MAX_INPUTS = 8
 CHUNK = 8  # pictures whose features are read at a time
@@ -120,8 +121,9 @@ class PiTLoadDirection(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=host.files_in(host.DIRECTIONS) or [NOTHING],
-                    tooltip="A file in models/ip_directions or output/ip_directions; press R for new ones.",
+                    options=[*shipped_names(DIRECTIONS), *host.files_in(host.DIRECTIONS)],
+                    tooltip="One of the miniature's, or a file in models/ip_directions or "
+                    "output/ip_directions; press R for new ones.",
                 )
             ],
             outputs=[
@@ -137,13 +139,13 @@ class PiTLoadDirection(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None) -> str:
-        return host.state_of(host.DIRECTIONS, file)
+        return state_of_either(DIRECTIONS, host.DIRECTIONS, file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        if file == NOTHING:
-            raise PitError("file: there are no directions yet; save one, or put one in models/ip_directions.")
-        return _reported(load_direction(host.path_of(host.DIRECTIONS, file)))
+        with naming("file"):
+            path = shipped_or_own(DIRECTIONS, host.DIRECTIONS, file)
+        return _reported(load_direction(path))
 
 
 class PiTSaveDirection(io.ComfyNode):

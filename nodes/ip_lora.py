@@ -9,8 +9,10 @@ from comfy_api.latest import io, ui
 
 from ..pit_core.lora.formats import load_lora
 from ..pit_core.lora.placing import Strengths, place_lora
+from ..pit_core.miniature.assets import IP_LORAS
 from . import host
 from .ip_tokens import checked_adapter
+from .miniature import shipped_names, shipped_or_own, state_of_either
 from .sockets import IPAdapterSocket, naming, schema
 
 FOLDER = "loras"
@@ -22,7 +24,7 @@ def _strength(name: str, tooltip: str) -> Any:
 
 
 class PiTIPLoRA(io.ComfyNode):
-    """A file of the folder `loras`, in any layout that is about; every layer is patched or named."""
+    """A LoRA in any layout that is about; every layer is patched or named."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -36,8 +38,9 @@ class PiTIPLoRA(io.ComfyNode):
                 io.Model.Input("model", tooltip="An SDXL model, with IP tokens or LoRAs on it or without."),
                 io.Combo.Input(
                     "file",
-                    options=host.files_in(FOLDER),
-                    tooltip="A file in models/loras: an IP-LoRA, or any other LoRA made of pairs of factors.",
+                    options=[*shipped_names(IP_LORAS), *host.files_in(FOLDER)],
+                    tooltip="One of the miniature's, or a file in models/loras: an IP-LoRA, or any other "
+                    "LoRA made of pairs of factors.",
                 ),
                 _strength("strength", "How much all of it counts; 1 is as trained, 0 is off."),
                 _strength("input_blocks", "Times the strength: the blocks before the middle one."),
@@ -70,7 +73,7 @@ class PiTIPLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None, **_others: Any) -> str:
-        return host.state_of(FOLDER, file)
+        return state_of_either(IP_LORAS, FOLDER, file)
 
     @classmethod
     def execute(
@@ -90,7 +93,7 @@ class PiTIPLoRA(io.ComfyNode):
             keys = host.lora_keys(model)
         shapes = host.shapes_of(model, keys)
         with naming("file"):
-            lora = load_lora(host.path_of(FOLDER, file))
+            lora = load_lora(shipped_or_own(IP_LORAS, FOLDER, file))
             placed = place_lora(lora, shapes, None if adapter is None else adapter.adapter)
         patched = host.add_lora(model, placed, keys, strengths)
         of_adapter = strengths.whole * strengths.adapter

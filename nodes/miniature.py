@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,38 @@ def load_miniature(weights: Path) -> tuple[Any, Any, Any, Any]:
     model = host.build_sdxl(_config(weights / "unet"), partial(_tensors, weights / "unet" / UNET))
     vae = host.build_vae(_config(weights / "vae"), _tensors(weights / "vae" / UNET))
     return model, _clip(weights / "text_encoder.safetensors"), vae, _vision(weights)
+
+
+# what ships beside the models
+
+
+def shipped_names(assets: Mapping[str, str]) -> list[str]:
+    """How drop-downs name files of `pit_core.miniature.assets`: "miniature: thin to wide"."""
+    return [_shipped_name(name) for name in assets]
+
+
+def _shipped_name(name: str) -> str:
+    return f"miniature: {name.replace('_', ' ')}"
+
+
+def shipped_or_own(assets: Mapping[str, str], folder: str, file: str) -> Path:
+    """The file that a drop-down's entry stands for: one that ships, or one in a folder of the host.
+
+    Raises PitError where it is gone.
+    """
+    shipped = {_shipped_name(name): path for name, path in assets.items()}
+    if file not in shipped:
+        return host.path_of(folder, file)
+    if not (WEIGHTS / shipped[file]).is_file():
+        raise PitError(
+            f"The file of '{file}' is missing from this installation; install the complete pack again."
+        )
+    return WEIGHTS / shipped[file]
+
+
+def state_of_either(assets: Mapping[str, str], folder: str, file: str | None) -> str:
+    """What changes when the file does, for the host's cache; one that ships does not."""
+    return "" if file in shipped_names(assets) else host.state_of(folder, file)
 
 
 def sample_parts(folder: Path) -> Tensor:

@@ -15,7 +15,7 @@ import typer
 from . import __version__
 from .commands import b4m, data, direction, evaluate, files, lora, miniature, sample, train
 
-MANY = ("--parts", "--reference", "--direction", "--from", "--to", "--pictures")
+MANY = ("--parts", "--reference", "--mask", "--direction", "--from", "--to", "--pictures")
 """Options that take several values after one name, as in `--parts wing.png horns.png`."""
 
 app = typer.Typer(

@@ -64,14 +64,19 @@ def _pattern(path: Path) -> str:
 
 @dataclass(frozen=True)
 class JobFiles:
-    """One set of part files, in order, with what else the job reads, and its concepts' seeds."""
+    """One set of part files, in order, with what else the job reads, and its concepts' seeds.
+
+    masks: of each of the `files`, or of none.
+    """
 
     parts: tuple[Path, ...]
     seeds: tuple[int, ...]
     reference: tuple[Path, ...] = ()
     init: Path | None = None
+    masks: tuple[Path, ...] = ()
 
     def files(self) -> list[Path]:
+        """The pictures: parts, reference, what to start from."""
         return [*self.parts, *self.reference, *([self.init] if self.init else [])]
 
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from . import __version__
+from .backgrounds import CutOut, load_cut_out, on_paper
 from .concepts import (
     Concept,
     Job,
@@ -53,6 +54,7 @@ from .runs import (
 
 __all__ = [
     "DTYPES",
+    "CutOut",
     "JobFiles",
     "LoraFile",
     "Model",
@@ -69,6 +71,7 @@ __all__ = [
     "check_render",
     "check_same_weights",
     "checked_device",
+    "load_cut_out",
     "lora_defaults",
     "lora_file",
     "matched_paths",
@@ -86,6 +89,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 @dataclass(frozen=True)
 class Request:
     """What to make, in files. random: so many random sets of the parts, instead of all of them together.
+    masks: of parts, reference and init, in that order; or none.
 
     With `init` the parts may be left out: the prior then varies that concept on its own.
     """
@@ -96,6 +100,7 @@ class Request:
     reference: Sequence[Path] = ()
     init: Path | None = None
     random: int | None = None
+    masks: Sequence[Path] = ()
 
     def check(self) -> None:
         """Raise PitError for what cannot run, before any model is loaded."""
@@ -109,9 +114,20 @@ class Request:
             part_kinds(self.parts)
         if len(self.reference) not in (0, 1, 4):
             raise PitError(f"A reference is 1 picture or 4 (a 2x2 grid), but got {len(self.reference)}.")
-        for path in [*self.reference, *([self.init] if self.init else [])]:
+        for path in [*self.reference, *([self.init] if self.init else []), *self.masks]:
             existing_file(path)
+        self._check_masks()
         concept_seeds(self.seed, self.count * (self.random or 1))
+
+    def _check_masks(self) -> None:
+        if self.masks and self.random is not None:
+            raise PitError("Masks belong to pictures in an order, which random sets do not have.")
+        pictures = len(self.parts) + len(self.reference) + (self.init is not None)
+        if len(self.masks) not in (0, pictures):
+            raise PitError(
+                f"Expected a mask for each of the {pictures} pictures (parts, reference and start, in that "
+                f"order), got {len(self.masks)}."
+            )
 
     def jobs(self, most: int) -> list[JobFiles]:
         """The sets of parts, each with seeds of its own; random sets have up to `most` parts."""
@@ -123,7 +139,11 @@ class Request:
         seeds = concept_seeds(self.seed, self.count * len(sets))
         return [
             JobFiles(
-                parts, tuple(seeds[i * self.count : (i + 1) * self.count]), tuple(self.reference), self.init
+                parts,
+                tuple(seeds[i * self.count : (i + 1) * self.count]),
+                tuple(self.reference),
+                self.init,
+                tuple(self.masks),
             )
             for i, parts in enumerate(sets)
         ]
@@ -219,18 +239,19 @@ def run(
     model: Model,
     loras: Sequence[LoraFile] = (),
     moves: Moves | None = None,
+    cut_out: CutOut | None = None,
     command: Sequence[str] = (),
     stage: Stage | None = None,
 ) -> Output:
     """Make the concepts of all jobs and write them; a run that fails leaves nothing behind.
 
-    Raises PitError for pictures that cannot be read, for directions (`moves`) that do not fit, and as
-    make_many and the writing do.
+    cut_out: turns the pictures' backgrounds white. Raises PitError for pictures that cannot be read or cut
+    out, for directions (`moves`) that do not fit, and as make_many and the writing do.
     """
     moves = moves or Moves()
     edit = moves.edit(stack.adapter)
     pictures = _read_all(jobs)
-    ready = [_job(files, pictures, settings.as_sketch) for files in jobs]
+    ready = [_job(files, on_paper(files, pictures, cut_out), settings.as_sketch) for files in jobs]
     with stack.renderer.under_loras([(each.lora, each.strengths) for each in loras]):
         concepts = make_many(stack, ready, settings.prior, settings.render, edit=edit, stage=stage)
     sheet = contact_sheet(
@@ -239,7 +260,10 @@ def run(
     tokens = concept_tokens(stack, [concept for made in concepts for concept in made])
     with folder.writing():
         entry = _model_entry(model, stack, loras, folder.folder)
-        record = Record(entry, asdict(settings) | moves.entry(folder.folder), [], command)
+        changes = moves.entry(folder.folder)
+        if cut_out is not None:
+            changes["cut_out"] = file_entry(cut_out.folder, folder.folder)
+        record = Record(entry, asdict(settings) | changes, [], command)
         return _write(folder, jobs, concepts, sheet, tokens, record)
 
 
@@ -255,13 +279,15 @@ def concept_tokens(stack: Stack, concepts: Sequence[Concept]) -> IPTokens:
 
 
 def read_jobs(jobs: Sequence[JobFiles]) -> None:
-    """Read every picture once, so that a bad one is found before the models are loaded."""
+    """Read every picture and mask once, so that a bad one is found before the models are loaded."""
     pictures = _read_all(jobs)
     for path in dict.fromkeys(p for job in jobs for p in (*job.parts, *([job.init] if job.init else []))):
         try:
             crop_transparent(pictures[path])
         except PitError as error:
             raise PitError(f"'{path.name}': {error}") from error
+    for job in jobs:
+        on_paper(job, pictures)
 
 
 def check_render(changes: Mapping[str, Any]) -> None:
@@ -309,6 +335,7 @@ class Repeat:
     hashes: Mapping[str, str]
     loras: Sequence[LoraFile] = ()
     moves: Moves = field(default_factory=Moves)
+    cut_out: Path | None = None
     note: str | None = None
 
 
@@ -329,6 +356,8 @@ def repeat_of(path: str | Path) -> Repeat:
         hashes = {str(name): str(value) for name, value in model["hashes"].items()}
         loras = [_recorded_lora(entry, path) for entry in model.get("loras", [])]
         moves = recorded_moves(record.settings, path)
+        entry = record.settings.get("cut_out")
+        cut_out = None if entry is None else recorded_file(entry, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PitError(f"'{path.name}' is damaged or of another release; it cannot be repeated.") from error
     if named.dtype not in DTYPES:
@@ -336,7 +365,7 @@ def repeat_of(path: str | Path) -> Repeat:
             f"'{path.name}' names the dtype '{named.dtype}', which is none of {', '.join(DTYPES)}."
         )
     settings = Settings.from_record(record.settings)
-    return Repeat(jobs, settings, named, hashes, loras, moves, version_note(record.versions))
+    return Repeat(jobs, settings, named, hashes, loras, moves, cut_out, version_note(record.versions))
 
 
 def check_same_weights(stack: Stack, hashes: Mapping[str, str]) -> None:
@@ -362,6 +391,7 @@ def _recorded_job(entry: Mapping[str, Any], record: Path) -> JobFiles:
         tuple(int(concept["seed"]) for concept in entry["concepts"]),
         tuple(recorded_file(part, record) for part in entry["reference"]),
         None if entry["init"] is None else recorded_file(entry["init"], record),
+        tuple(recorded_file(mask, record) for mask in entry.get("masks", [])),
     )
 
 
@@ -392,12 +422,14 @@ def _read_all(jobs: Sequence[JobFiles]) -> dict[Path, Image.Image]:
     return {path: read_picture(path) for path in dict.fromkeys(p for job in jobs for p in job.files())}
 
 
-def _job(files: JobFiles, pictures: Mapping[Path, Image.Image], as_sketch: bool) -> Job:
+def _job(files: JobFiles, pictures: Sequence[Image.Image], as_sketch: bool) -> Job:
+    """pictures: in the order of the files."""
+    parts, reference = len(files.parts), len(files.reference)
     return Job(
-        [pictures[path] for path in files.parts],
+        pictures[:parts],
         files.seeds,
-        [pictures[path] for path in files.reference],
-        None if files.init is None else pictures[files.init],
+        pictures[parts : parts + reference],
+        None if files.init is None else pictures[-1],
         as_sketch,
     )
 
@@ -455,6 +487,7 @@ def _job_entry(files: JobFiles, names: Sequence[str], base: Path) -> dict[str, A
         "parts": [file_entry(path, base) for path in files.parts],
         "reference": [file_entry(path, base) for path in files.reference],
         "init": None if files.init is None else file_entry(files.init, base),
+        **({"masks": [file_entry(mask, base) for mask in files.masks]} if files.masks else {}),
         "concepts": [
             {"file": name, "seed": seed, "picture_seed": picture_seed(seed)}
             for name, seed in zip(names, files.seeds, strict=True)

@@ -7,8 +7,11 @@ import pytest
 from PIL import Image
 
 from pit_core.cli import main
+from pit_core.directions.checkpoint import load_direction
 from pit_core.ip_adapter.tokens import load_ip_tokens
-from pit_core.miniature.models import STACK_FILES, WEIGHTS, read_manifest
+from pit_core.lora.formats import load_lora
+from pit_core.miniature.assets import DIRECTIONS, IP_LORAS
+from pit_core.miniature.models import STACK_FILES, WEIGHTS, load_stack, read_manifest
 
 SHIPPED = read_manifest(WEIGHTS)["files"]
 
@@ -45,6 +48,22 @@ def test_parts_become_a_concept(root: Path, tmp_path: Path, capsys: pytest.Captu
     assert model["name"] == "miniature"
     assert model["hashes"] == {name: SHIPPED[name]["sha256"] for name in model["hashes"]}
     assert set(STACK_FILES) <= set(model["hashes"])
+
+
+@pytest.mark.skipif(not set(DIRECTIONS.values()) <= set(SHIPPED), reason="directions are not shipped yet")
+def test_directions_are_those_of_the_shipped_encoders() -> None:
+    stack = load_stack()
+    for name in DIRECTIONS.values():
+        direction = load_direction(WEIGHTS / name)
+        assert direction.adapter == stack.adapter.content_hash, f"{name}: run pit miniature directions"
+        assert direction.encoder == stack.encoder.content_hash, f"{name}: run pit miniature directions"
+
+
+@pytest.mark.skipif(not set(IP_LORAS.values()) <= set(SHIPPED), reason="IP-LoRAs are not shipped yet")
+def test_ip_loras_are_of_the_shipped_unet() -> None:
+    renderer = load_stack().renderer
+    for name in IP_LORAS.values():
+        assert not renderer.placed(load_lora(WEIGHTS / name)).left
 
 
 def test_the_weights_are_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

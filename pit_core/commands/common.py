@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from functools import wraps
@@ -120,6 +120,37 @@ Precision = Annotated[Dtype, typer.Option(help="auto: float16 on a GPU, else flo
 def given_files(**files: Path | None) -> dict[str, Path]:
     """The files that were named, by option."""
     return {option: path for option, path in files.items() if path is not None}
+
+
+SHIPPED = "miniature/"
+
+
+def with_shipped(named: Sequence[str], assets: Mapping[str, str]) -> list[str]:
+    """What an option names, the miniature's own files in place of "miniature/scene" or "miniature/scene:0.5".
+
+    assets: from `miniature.assets`. Raises PitError for a name that there is not, and for a file of it that
+    is missing or damaged.
+    """
+    return [_with_shipped(each, assets) for each in named]
+
+
+def shipped_or_own(path: Path, assets: Mapping[str, str]) -> Path:
+    """The same for a file alone."""
+    return Path(_with_shipped(path.as_posix(), assets))
+
+
+def _with_shipped(named: str, assets: Mapping[str, str]) -> str:
+    name, colon, number = named.removeprefix(SHIPPED).partition(":")
+    if not named.startswith(SHIPPED) or Path(SHIPPED, name).exists():
+        return named
+    from ..miniature import assets as shipped
+    from ..miniature.models import check_weights
+
+    if name not in assets:
+        known = ", ".join(SHIPPED + each for each in assets)
+        raise PitError(f"There is no '{SHIPPED}{name}'; there are {known}.")
+    check_weights(shipped.WEIGHTS, [assets[name]])
+    return f"{shipped.WEIGHTS / assets[name]}{colon}{number}"
 
 
 def named_model(name: str, given: dict[str, Path], device: str, dtype: Dtype) -> Model:

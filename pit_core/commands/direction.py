@@ -25,6 +25,8 @@ from .common import (
     place_and_dtype,
     plain_errors,
     progress_bars,
+    shipped_or_own,
+    with_shipped,
 )
 
 if TYPE_CHECKING:
@@ -133,12 +135,14 @@ def edit(
     from ..directions.direction import fit_notes, notes
     from ..directions.moves import read_moves
     from ..directions.text import parse_steps
+    from ..miniature.assets import DIRECTIONS
     from ..pictures import read_picture
     from ..runs import RunFolder, matched_paths
 
     if bool(pictures) == (tokens is not None):
         raise PitError("Expected either --pictures or --tokens, one of the two, to say what to edit.")
-    wanted = run.Sweep(read_moves(direction, orthogonal), parse_steps(sweep), mask, _seed(seed))
+    moves = read_moves(with_shipped(direction, DIRECTIONS), orthogonal)
+    wanted = run.Sweep(moves, parse_steps(sweep), mask, _seed(seed))
     folder = RunFolder(out)
     read = [read_picture(path) for path in matched_paths(pictures)]
     given = given_files(
@@ -167,10 +171,12 @@ def inspect(
     """What direction files hold, how well they hold, and how alike several of them are."""
     from ..directions.checkpoint import load_direction
     from ..directions.picture import direction_picture, similarities
+    from ..miniature.assets import DIRECTIONS
     from ..pictures import save_png
     from ..runs import matched_paths
 
-    found = [load_direction(path) for path in matched_paths(files)]
+    named = [shipped_or_own(path, DIRECTIONS) for path in files]
+    found = [load_direction(path) for path in matched_paths(named)]
     for each in found:
         _tell(each)
     for line in similarities(found):

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import group, plain_errors
+from .common import group, plain_errors, shipped_or_own
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from ..concepts import Stack
 
 app = group("Measure the methods on the miniature's world.")
 
@@ -23,15 +28,13 @@ def concepts(
 ) -> None:
     """Parts kept and valid creatures: the IP-Prior against averaging and concatenating tokens."""
     from ..evaluate import concepts as table
-    from ..miniature.models import load_reader, load_stack
 
     rows = table.run(
-        load_stack(),
-        load_reader("judge"),
+        *_measured(),
         count=count,
         seed=seed,
         out=out,
-        progress=lambda text: typer.echo(text, err=True),
+        progress=_say,
     )
     typer.echo(table.table(rows))
 
@@ -52,17 +55,15 @@ def directions(
     """An attribute against the step along its direction, found in IP+ space and in CLIP's."""
     from ..evaluate import directions as table
     from ..miniature.attributes import ATTRIBUTES
-    from ..miniature.models import load_reader, load_stack
 
     rows = table.run(
-        load_stack(),
-        load_reader("judge"),
+        *_measured(),
         attributes=attribute or tuple(ATTRIBUTES),
         count=count,
         seed=seed,
         pile=pile,
         out=out,
-        progress=lambda text: typer.echo(text, err=True),
+        progress=_say,
     )
     typer.echo(table.table(rows))
 
@@ -70,7 +71,7 @@ def directions(
 @app.command("scenes")
 @plain_errors
 def scenes(
-    ip_lora: Annotated[Path, typer.Option(help="The IP-LoRA to measure.")],
+    ip_lora: Annotated[Path, typer.Option(help="The IP-LoRA to measure; miniature/scene ships.")],
     count: Annotated[int, typer.Option(help="Held-out critters.")] = 200,
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[
@@ -80,16 +81,26 @@ def scenes(
     """A scene that the prompt names, over the image weight: the adapter alone, and with an IP-LoRA."""
     from ..evaluate import scenes as table
     from ..lora.formats import load_lora
-    from ..miniature.models import load_reader, load_stack
+    from ..miniature.assets import IP_LORAS
 
-    lora = load_lora(ip_lora)
+    lora = load_lora(shipped_or_own(ip_lora, IP_LORAS))
     rows = table.run(
-        load_stack(),
-        load_reader("judge"),
+        *_measured(),
         lora,
         count=count,
         seed=seed,
         out=out,
-        progress=lambda text: typer.echo(text, err=True),
+        progress=_say,
     )
     typer.echo(table.table(rows))
+
+
+def _measured() -> tuple[Stack, Module]:
+    """The miniature, and the reader that judges its pictures."""
+    from ..miniature.models import load_reader, load_stack
+
+    return load_stack(), load_reader("judge")
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import PitError
-from .common import Dtype, group, plain_errors
+from .common import Dtype, group, plain_errors, shipped_or_own
 
 if TYPE_CHECKING:
     from ..lora.info import LoraInfo
@@ -34,11 +34,12 @@ def inspect(
     from ..lora.formats import load_lora
     from ..lora.info import lora_info
     from ..lora.picture import lora_picture
+    from ..miniature.assets import IP_LORAS
     from ..pictures import save_png
 
     if picture is not None and picture.suffix.lower() != ".png":
         raise PitError(f"The picture is written as PNG; name it {picture.stem}.png.")
-    info = lora_info(load_lora(file))
+    info = lora_info(load_lora(shipped_or_own(file, IP_LORAS)))
     typer.echo("\n".join(_lines(info)))
     if picture is not None:
         save_png(lora_picture(info), picture)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import group, plain_errors
+from .common import group, plain_errors, progress_bars, without_loading_bars
 
 app = group("The small trained stack that comes with the pack.")
 
@@ -49,12 +49,41 @@ def export(
 
     manifest = export(out, weights or WEIGHTS, stage)
     for name, entry in manifest["files"].items():
-        typer.echo(f"{name}: {entry['bytes'] / 1e6:.2f} MB, {', '.join(_stages(entry))}")
+        typer.echo(f"{name}: {', '.join(_made(entry))}")
     typer.echo(f"together {manifest['bytes'] / 1e6:.1f} MB")
 
 
-def _stages(entry: dict[str, Any]) -> list[str]:
-    return [f"{stage['steps']} steps {stage['stage']}" for stage in entry["stages"]]
+def _made(entry: dict[str, Any]) -> list[str]:
+    stages = [f"{stage['steps']} steps {stage['stage']}" for stage in entry["stages"]]
+    piles = [f"piles of {entry['piles']['pictures']}"] if "piles" in entry else []
+    return [f"{entry['bytes'] / 1e6:.2f} MB", *stages, *piles]
+
+
+@app.command("directions")
+@plain_errors
+def directions(
+    pile: Annotated[int, typer.Option(help="Pictures a side that each direction is found from.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the piles.")] = 51,
+    piles: Annotated[
+        Path | None, typer.Option(help="A new folder to keep the piles' pictures in.", show_default=False)
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder; the pack's own weights by default.", show_default=False)
+    ] = None,
+) -> None:
+    """Find the directions that ship with the exported miniature, between piles that it draws."""
+    from ..miniature.assets import DIRECTIONS, WEIGHTS
+    from ..miniature.directions import export_directions
+    from ..miniature.models import load_stack
+
+    folder = weights or WEIGHTS
+    without_loading_bars()
+    stack = load_stack(folder)
+    with progress_bars() as stage:
+        manifest = export_directions(stack, folder, piles=piles, count=pile, seed=seed, progress=stage)
+    for name in DIRECTIONS.values():
+        figures = manifest["files"][name]["figures"]
+        typer.echo(f"{name}: {', '.join(f'{key} {value:.3f}' for key, value in figures.items())}")
 
 
 @app.command("accept")

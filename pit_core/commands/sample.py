@@ -26,11 +26,12 @@ from .common import (
     named_model,
     plain_errors,
     progress_bars,
+    with_shipped,
 )
 
 if TYPE_CHECKING:
     from ..concepts import Stack
-    from ..sample import LoraFile, Model, Moves, Output, Settings
+    from ..sample import CutOut, LoraFile, Model, Moves, Output, Settings
 
 Paths = list[Path]
 
@@ -72,6 +73,21 @@ def sample(
             help="A concept to start from, with or without parts (see --strength).", show_default=False
         ),
     ] = None,
+    mask: Annotated[
+        Paths,
+        typer.Option(
+            help="Masks of --parts, --reference and --init, in that order: what is white stays, the rest "
+            "becomes white paper.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006
+    cut_out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Or a folder with a segmentation model: the subjects stay, the rest becomes white paper.",
+            show_default=False,
+        ),
+    ] = None,
     strength: Annotated[
         float | None,
         typer.Option(help="With --init: 0 keeps it, 1 forgets it; 0.6 by default.", show_default=False),
@@ -79,7 +95,8 @@ def sample(
     direction: Annotated[
         list[str],
         typer.Option(
-            help="FILE:0.8, a direction and how far to move the concepts along it; several add up.",
+            help="FILE:0.8, a direction and how far to move the concepts along it; several add up. "
+            "miniature/thin_to_wide and so on are the miniature's.",
             show_default=False,
         ),
     ] = [],  # noqa: B006
@@ -112,7 +129,8 @@ def sample(
     ip_lora: Annotated[
         list[str],
         typer.Option(
-            help="An IP-LoRA, which makes the prompt heard: FILE or FILE:strength; again for another one.",
+            help="An IP-LoRA, which makes the prompt heard: FILE or FILE:strength; again for another one. "
+            "miniature/scene and miniature/sheet are the miniature's.",
             show_default=False,
         ),
     ] = [],  # noqa: B006
@@ -130,6 +148,7 @@ def sample(
     Writes each concept as PNG, a contact sheet, the sampled tokens, and a record that --repeat takes.
     """
     from .. import sample as run
+    from ..miniature.assets import DIRECTIONS, IP_LORAS
 
     if repeat is not None:
         _refuse_all_but(context, ("repeat", "out", "device"))
@@ -137,9 +156,11 @@ def sample(
         return
     each = count if count is not None else 8 if random is None else 1
     matched = run.matched_paths
-    request = run.Request(matched(parts), each, seed, matched(reference), init, random)
+    request = run.Request(matched(parts), each, seed, matched(reference), init, random, matched(mask))
     request.check()
-    moves = run.read_moves(direction, orthogonal).for_tokens()
+    if mask and cut_out is not None:
+        raise PitError("--mask and --cut-out both say what to keep of the pictures; give one of them.")
+    moves = run.read_moves(with_shipped(direction, DIRECTIONS), orthogonal).for_tokens()
     folder = run.RunFolder(out)
     files = given_files(
         sdxl=sdxl, image_encoder=image_encoder, ip_adapter=ip_adapter, prior=prior, sdxl_config=sdxl_config
@@ -159,12 +180,13 @@ def sample(
     }
     run.check_render(changes)
     run.read_jobs(request.jobs(_most_parts(named)))
-    loras = [run.lora_file(each) for each in ip_lora]
+    loras = [run.lora_file(each) for each in with_shipped(ip_lora, IP_LORAS)]
+    cutter = _cut_out(cut_out, named)
     stack = load_model(named)
     jobs = request.jobs(stack.prior_info.max_crops)
     defaults = run.lora_defaults(stack.defaults, loras)
     settings = run.Settings(prior_settings, run.changed(defaults, changes), as_sketch)
-    _tell(_run(stack, jobs, settings, folder, named, loras, moves))
+    _tell(_run(stack, jobs, settings, folder, named, loras, moves, cutter))
 
 
 @plain_errors
@@ -201,9 +223,16 @@ def _repeat(record: Path, out: Path, device: str) -> Output:
     model = found.model if device == "auto" else replace(found.model, device=device)
     if found.note:
         typer.echo(f"note: {found.note}", err=True)
+    cut_out = _cut_out(found.cut_out, model)
     stack = load_model(model)
     run.check_same_weights(stack, found.hashes)
-    return _run(stack, found.jobs, found.settings, folder, model, found.loras, found.moves)
+    return _run(stack, found.jobs, found.settings, folder, model, found.loras, found.moves, cut_out)
+
+
+def _cut_out(folder: Path | None, model: Model) -> CutOut | None:
+    from .. import sample as run
+
+    return None if folder is None else run.load_cut_out(folder, run.checked_device(model.device))
 
 
 def _refuse_all_but(context: typer.Context, allowed: Sequence[str]) -> None:
@@ -225,6 +254,7 @@ def _run(
     model: Model,
     loras: Sequence[LoraFile] = (),
     moves: Moves | None = None,
+    cut_out: CutOut | None = None,
 ) -> Output:
     from .. import sample as run
 
@@ -239,6 +269,7 @@ def _run(
             model=model,
             loras=loras,
             moves=moves,
+            cut_out=cut_out,
             command=["pit", *sys.argv[1:]],
             stage=stage,
         )

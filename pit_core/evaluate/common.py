@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..concepts import Stack
 from ..errors import PitError
 from ..files import write_text_atomic
 from ..miniature.batches import to_pixels
-from ..miniature.critters import Critter, caption
+from ..miniature.critters import Critter
 from ..miniature.data import Picture
 
 EVALUATION = 9_000  # added to the user's seed, away from the training sets' seeds
@@ -48,16 +48,6 @@ def drawn(stack: Stack, tokens: Sequence[Tensor], seeds: Sequence[int]) -> list[
         )
         images |= dict(zip(rows, made, strict=True))
     return [images[index] for index in range(len(tokens))]
-
-
-def from_captions(stack: Stack, critters: Sequence[Critter], seeds: Sequence[int]) -> list[Image.Image]:
-    """What the UNet draws of the critters' full captions alone."""
-    nothing = stack.null("grey")
-    images = []
-    for critter, seed in zip(critters, seeds, strict=True):
-        settings = replace(stack.defaults, prompt=caption(critter), weight=0.0)
-        images += stack.renderer.render(nothing, nothing, settings, seeds=[seed])
-    return images
 
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:

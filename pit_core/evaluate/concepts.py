@@ -15,13 +15,13 @@ from ..concepts import Job, PriorSettings, Stack, picture_seed, prepare_parts, s
 from ..miniature import critters, reader
 from ..miniature.critters import Critter
 from ..miniature.data import concept_critter, part_view
+from ..miniature.painting import from_captions
 from ..pictures import SheetRow, Tile, contact_sheet, save_png
 from .common import (
     EVALUATION,
     MOST,
     check_whole,
     drawn,
-    from_captions,
     margin,
     own_tokens,
     pixels_of,

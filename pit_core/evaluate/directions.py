@@ -24,8 +24,9 @@ from ..miniature import reader
 from ..miniature.attributes import ATTRIBUTES, POSED, Attribute
 from ..miniature.critters import SCENES, STYLES, random_critter
 from ..miniature.data import ABSENT, Picture, concept_critter
+from ..miniature.painting import from_captions
 from ..pictures import save_png
-from .common import EVALUATION, MOST, check_whole, drawn, from_captions, margin, pixels_of, write_table
+from .common import EVALUATION, MOST, check_whole, drawn, margin, pixels_of, write_table
 
 PILE = 50  # pictures a side, as in the paper
 HALF = 0.5  # the step at which everything else should be as it was

@@ -35,11 +35,22 @@ def export(
     Raises PitError for a stage that has not been trained, and when the weights outgrow their limit; then
     nothing is changed.
     """
+    return add_files(lambda folder: _written(out, folder, only), weights, limit)
+
+
+def add_files(
+    write: Callable[[Path], dict[str, Any]], weights: Path = WEIGHTS, limit: int = LIMIT
+) -> dict[str, Any]:
+    """Put files among the weights and into the manifest; returns the manifest.
+
+    ``write`` makes them in the folder that it is given and returns their entries by name, each begun by
+    `file_entry`. Raises PitError when the weights outgrow their limit; then nothing is changed.
+    """
     weights.mkdir(parents=True, exist_ok=True)
     known = (weights / "manifest.json").is_file()
     manifest = models.read_manifest(weights) if known else {"files": {}}
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=weights) as folder:
-        entries = _written(out, Path(folder), only)
+        entries = write(Path(folder))
         manifest["files"] |= entries
         manifest["bytes"] = sum(entry["bytes"] for entry in manifest["files"].values())
         if manifest["bytes"] > limit:
@@ -50,6 +61,11 @@ def export(
             os.replace(Path(folder) / name, weights / name)
     _write_manifest(weights, manifest)
     return manifest
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of every file."""
+    return {"sha256": sha256_of(path), "bytes": path.stat().st_size}
 
 
 def _written(out: Path, folder: Path, only: str | None) -> dict[str, Any]:
@@ -68,14 +84,8 @@ def _written(out: Path, folder: Path, only: str | None) -> dict[str, Any]:
 
 def _entry(folder: Path, name: str, history: list[dict[str, Any]]) -> dict[str, Any]:
     """What the manifest says of a file: the stages that it went through, and the last one's figures."""
-    path = folder / name
     stages = [{key: stage[key] for key in ("stage", "seed", "steps")} for stage in history]
-    return {
-        "sha256": sha256_of(path),
-        "bytes": path.stat().st_size,
-        "stages": stages,
-        "figures": history[-1]["figures"],
-    }
+    return {**file_entry(folder / name), "stages": stages, "figures": history[-1]["figures"]}
 
 
 def _history(out: Path, name: str) -> list[dict[str, Any]]:

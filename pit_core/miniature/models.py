@@ -16,10 +16,10 @@ from ..errors import PitError
 from ..files import check_shapes, load_tensors, sha256_of
 from ..ip_adapter.pixels import CLIP_MEAN, CLIP_STD
 from ..render import Renderer, RenderSettings
+from .assets import WEIGHTS
 from .critters import CANVAS
 from .tokenizer import WordTokenizer
 
-WEIGHTS = Path(__file__).parent / "weights"
 STACK_FILES = (
     "vae/diffusion_pytorch_model.safetensors",
     "vae/config.json",

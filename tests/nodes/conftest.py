@@ -61,6 +61,13 @@ def real(bench: benches.Bench) -> benches.RealBench:
     return bench
 
 
+@pytest.fixture
+def shipped(bench: benches.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in place of the weights that ship."""
+    monkeypatch.setattr(bench.part("nodes.miniature"), "WEIGHTS", tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(autouse=True)
 def clean_folders(bench: benches.Bench) -> Iterator[None]:
     yield

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,8 +99,8 @@ def test_saved_directions_come_back_and_are_numbered(bench: Bench) -> None:
         assert told == f"Saved thin to wide: 4 IP tokens of width 32 as a/wide_0000{seed}_.safetensors"
     node = bench.pack.NODE_CLASS_MAPPINGS["PiTLoadDirection"]
     options = [name.replace(os.sep, "/") for name in node.define_schema().inputs[0].options]
-    assert options == ["a/wide_00001_.safetensors", "a/wide_00002_.safetensors"]
-    done = bench.run("PiTLoadDirection", file=options[1])
+    assert options[-2:] == ["a/wide_00001_.safetensors", "a/wide_00002_.safetensors"]
+    done = bench.run("PiTLoadDirection", file=options[-1])
     assert torch.equal(done[0].vector, direction(bench, 2).vector)
     assert done[1] == text(done) and "thin to wide" in done[1]
 
@@ -127,11 +128,21 @@ def test_names_that_lead_elsewhere_are_refused(bench: Bench, name: str) -> None:
     assert not list(bench.folder.rglob("*ip_directions/**/*.safetensors"))
 
 
-def test_loading_before_saving(bench: Bench) -> None:
+def test_the_miniatures_directions_are_always_listed(bench: Bench, shipped: Path) -> None:
     node = bench.pack.NODE_CLASS_MAPPINGS["PiTLoadDirection"]
-    (nothing,) = node.define_schema().inputs[0].options
-    with pytest.raises(bench.error, match="there are no directions yet"):
-        bench.run("PiTLoadDirection", file=nothing)
+    names = node.define_schema().inputs[0].options
+    assert names == [f"miniature: {name}" for name in ("thin to wide", "flat to sketch", "plain to night")]
+    with pytest.raises(bench.error, match="'miniature: thin to wide' is missing from this installation"):
+        bench.run("PiTLoadDirection", file=names[0])
+    own = direction(bench, 3)
+    (shipped / "directions").mkdir()
+    bench.part("pit_core.directions.checkpoint").save_direction(
+        shipped / "directions/thin_to_wide.safetensors", own
+    )
+    assert torch.equal(bench.first("PiTLoadDirection", file=names[0]).vector, own.vector)
+    assert node.fingerprint_inputs(file=names[0]) == ""
+    with pytest.raises(bench.error, match="There is no file 'miniature: tall to small'"):
+        bench.run("PiTLoadDirection", file="miniature: tall to small")
 
 
 # edit

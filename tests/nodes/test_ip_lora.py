@@ -1,5 +1,7 @@
 """A LoRA on model and adapter: what changes, by how much, what is said of it, and what it goes along with."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -293,6 +295,21 @@ def test_a_changed_file_is_read_again(bench: Bench) -> None:
         node.fingerprint_inputs(file=bench.lora_file(layout=layout), strength=1.0) for layout in LAYOUTS
     }
     assert len(states) > 1 and node.fingerprint_inputs(file="gone.safetensors") == "missing"
+
+
+def test_the_miniatures_are_always_listed(bench: Bench, model: Any, shipped: Path) -> None:
+    node = bench.pack.NODE_CLASS_MAPPINGS["PiTIPLoRA"]
+    file = bench.lora_file()
+    names = node.define_schema().inputs[1].options
+    assert names == ["miniature: scene", "miniature: sheet", file]
+    with pytest.raises(bench.error, match="'miniature: sheet' is missing from this installation"):
+        bench.run("PiTIPLoRA", model=model, file=names[1])
+    shutil.copy(bench.folder / "models/loras" / file, shipped / "ip_lora_sheet.safetensors")
+    patched, _, report = bench.run("PiTIPLoRA", model=model, file=names[1]).args
+    assert report.startswith("'ip_lora_sheet.safetensors': ") and "warning" not in report
+    own = bench.first("PiTIPLoRA", model=model, file=file)
+    assert torch.equal(bench.sample(patched), bench.sample(own))
+    assert node.fingerprint_inputs(file=names[1]) == ""
 
 
 # SDXL at its own size
