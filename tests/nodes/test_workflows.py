@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import workflow_graphs
 from benches import ROOT
 from workflow_graphs import FILES, Workflow, all_workflows
 
@@ -59,6 +60,21 @@ def test_twins_differ_in_their_models_and_pictures_alone() -> None:
             twin = GRAPHS[name.replace("_miniature", "_sdxl")]
             kinds = [n.kind for n in graph.nodes if n.kind not in given]
             assert kinds == [n.kind for n in twin.nodes if n.kind not in loaders], name
+
+
+def test_graphs_with_an_ip_lora_ship_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workflow_graphs, "WEIGHTS", tmp_path)
+    assert not [w.name for w in all_workflows() if w.name.startswith(("08", "09"))]
+    (tmp_path / "ip_lora_scene.safetensors").touch()
+    (tmp_path / "ip_lora_sheet.safetensors").touch()
+    made = {w.name: w for w in all_workflows() if w.name.startswith(("08", "09"))}
+    names = ("08_scene_from_text", "09_character_sheet")
+    assert set(made) == {f"{name}_{kind}" for name in names for kind in ("miniature", "sdxl")}
+    for name, graph in made.items():
+        (lora,) = (node for node in graph.nodes if node.kind == "PiTIPLoRA")
+        assert set(lora.inputs) == {entry["id"] for entry in NODES["PiTIPLoRA"]["inputs"]}
+        assert len(graph.note.splitlines()) == 3
+        assert (str(lora.inputs["file"]) in FILES) == graph.full, name
 
 
 def test_it_is_a_file_of_the_page_not_of_the_api(file: File) -> None:

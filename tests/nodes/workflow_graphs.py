@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+WEIGHTS = Path(__file__).resolve().parents[2] / "pit_core" / "miniature" / "weights"
 MINIATURE = "miniature (ships with this pack)"
 CHECKPOINT = "sd_xl_base_1.0.safetensors"
 ENCODER = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
@@ -16,10 +18,12 @@ ADAPTER = "ip-adapter-plus_sdxl_vit-h.safetensors"
 PRIOR = "prior.ckpt"
 FLUX, FLUX_VAE = "flux1-dev.safetensors", "ae.safetensors"
 CLIP_L, T5 = "clip_l.safetensors", "t5xxl_fp16.safetensors"
+IN_A_SCENE, CHARACTER_SHEET = "pit_background_generation.safetensors", "pit_character_sheet.safetensors"
 EXAMPLE = "example.png"  # comes with ComfyUI, so the drop-down always has it
 
 HUB = "https://huggingface.co"
-PRIORS = f"{HUB}/kfirgold99/Piece-it-Together/resolve/main/models/characters_ckpt"
+RELEASED = f"{HUB}/kfirgold99/Piece-it-Together/resolve/main"
+PRIORS = f"{RELEASED}/models/characters_ckpt"
 TEXT_ENCODERS = f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main"
 
 
@@ -53,6 +57,14 @@ FILES = {
     FLUX_VAE: File(
         "vae", f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/{FLUX_VAE}"
     ),
+    **{
+        name: File(
+            "loras",
+            f"{RELEASED}/{name[4:].removesuffix('.safetensors')}/pytorch_lora_weights.safetensors",
+            "which comes as pytorch_lora_weights.safetensors: rename it",
+        )
+        for name in (IN_A_SCENE, CHARACTER_SHEET)
+    },
 }
 
 QUALITY = "best quality, high quality"
@@ -397,12 +409,16 @@ def slider(w: Workflow) -> None:
 
 @dataclass(frozen=True)
 class Shipped:
-    """A workflow: the lines of its note for the miniature (None: no such twin) and for full-size files."""
+    """A workflow: the lines of its note for the miniature (None: no such twin) and for full-size files.
+
+    weights: a file of the miniature's without which neither is shipped.
+    """
 
     name: str
     build: Callable[[Workflow], None]
     miniature: tuple[str, str, str] | None
     full: tuple[str, str, str]
+    weights: str | None = None
 
 
 OTHER_PARTS = "Other parts: change **batch_index**; the preview shows the samples, numbered from 0."
@@ -503,8 +519,12 @@ thumbnail is a concept of the miniature, before the last step."""
 
 def all_workflows() -> list[Workflow]:
     """Everything that ships, by name."""
+    from workflow_ip_lora import SHIPPED as WITH_IP_LORA  # made of the pieces above
+
     made = []
-    for each in SHIPPED:
+    for each in (*SHIPPED, *WITH_IP_LORA):
+        if each.weights and not (WEIGHTS / each.weights).is_file():
+            continue
         if each.miniature:
             made.append(_built(each, each.miniature, full=False))
         made.append(_built(each, each.full, full=True))

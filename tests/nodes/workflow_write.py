@@ -1,9 +1,9 @@
 """Writes workflows/*.json out of workflow_graphs.py, through the page of a real ComfyUI.
 
-    python tests/nodes/workflow_write.py
+    python tests/nodes/workflow_write.py [NAME ...]
 
-Needs what the browser tests need: a ComfyUI, playwright and a Chromium. Run it again after a change of a
-graph or of a node's inputs.
+Without names all are written. Needs what the browser tests need: a ComfyUI, playwright and a Chromium. Run it
+again after a change of a graph or of a node's inputs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,14 @@ class Layout:
     right: float = 0
 
 
-def main() -> None:
+def main(names: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder, serving(some_host(), Path(folder)) as server:
         server.place_files()
         with opened(server.address) as page:
             page.open(vue=False)
             for workflow in graphs.all_workflows():
+                if names and workflow.name not in names:
+                    continue
                 path = FOLDER / f"{workflow.name}.json"
                 path.write_text(json.dumps(converted(page, workflow), indent=1) + "\n", "utf-8")
                 print(path.name)  # noqa: T201
@@ -134,7 +137,9 @@ def _height(node: graphs.Node, least: float) -> float:
     factor, more = VUE
     least = max(least, 120.0) if node.kind == "CLIPTextEncode" else factor * least + more
     least += PICTURE if node.kind in SHOWS_PICTURES else 0
-    tells = node.kind.startswith(("PiTLoad", "PiTSave", "PiTFind"))
+    if node.kind == "PiTFindDirection":  # the longest of the reports
+        return round(least + 2 * REPORT)
+    tells = node.kind.startswith(("PiTLoad", "PiTSave", "PiTIPLoRA"))
     return round(least + (REPORT if tells else 0))
 
 
@@ -163,4 +168,4 @@ def notes(workflow: graphs.Workflow) -> list[Box]:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
