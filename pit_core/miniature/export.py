@@ -20,7 +20,7 @@ from ..ip_adapter.encode import save_image_encoder
 from ..ip_prior.checkpoint import save_prior
 from ..ip_prior.info import PriorInfo
 from ..train.loop import latest_checkpoint
-from . import flux_trained, models, trained
+from . import b4m, b4m_stages, flux_trained, models, trained
 from .models import WEIGHTS
 from .train import SLOTS
 
@@ -73,7 +73,7 @@ def _written(out: Path, folder: Path, only: str | None) -> dict[str, Any]:
     if only is not None and only not in _WRITERS:
         raise PitError(f"There is no stage '{only}' to export; the stages are {', '.join(_WRITERS)}.")
     entries: dict[str, Any] = {}
-    for name in _WRITERS if only is None else (only,):
+    for name in [name for name in _WRITERS if name not in b4m.AT_HOME] if only is None else [only]:
         stages, write = _WRITERS[name]
         if any(latest_checkpoint(out / stage) for stage in stages):
             entries |= {file: _entry(folder, file, _history(out, file)) for file in write(out, folder)}
@@ -176,6 +176,11 @@ def _flux_fill(out: Path, folder: Path) -> list[str]:
     return _diffusers(flux_trained.trained_fill(out), folder, "flux_fill")
 
 
+def _b4m(out: Path, folder: Path, stage: str) -> list[str]:
+    b4m_stages.save_b4m(out, stage, folder / b4m_stages.b4m_file(stage))
+    return [b4m_stages.b4m_file(stage)]
+
+
 def _half(model: nn.Module, folder: Path, name: str) -> str:
     tensors = {key: value.half() for key, value in model.state_dict().items()}
     save_tensors(folder / f"{name}.safetensors", tensors, {"format": "pt"})
@@ -194,6 +199,7 @@ _WRITERS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], list[str]]]] =
     "reader-judge": (("reader-judge",), _judge),
     "flux-vae": (("flux-vae",), _flux_vae),
     "flux-fill": (flux_trained.FILL_STAGES, _flux_fill),
+    **{stage: ((stage,), partial(_b4m, stage=stage)) for stage in b4m.RUNS},
 }
 
 # The stages that a file's weights go through, by its folder or name.
@@ -208,4 +214,5 @@ _STAGES: dict[str, tuple[str, ...]] = {
     "reader_judge.safetensors": ("reader-judge",),
     "flux_vae": ("flux-vae",),
     "flux_fill": flux_trained.FILL_STAGES,
+    **{b4m_stages.b4m_file(stage): (*run.parents, stage) for stage, run in b4m.RUNS.items()},
 }

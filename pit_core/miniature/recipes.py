@@ -7,8 +7,24 @@ from dataclasses import replace
 import torch
 
 from ..train.loop import LoopConfig
+from . import b4m
 
 SNR_LIMIT = 10.0  # of the stages that learn what is drawn where, once fine detail is there
+
+# Rows of a step: one picture of the own side, and one of each set of the other side.
+_B4M = LoopConfig(
+    steps=400, batch_size=4, lr=2e-3, warmup=10, weight_decay=1e-2, ema_decay=0.98, save_every=100
+)
+# Of each method so many steps that a joined entity (content + style + join), the sum of two ordinary LoRAs,
+# and a shared LoRA take equally many together.
+_B4M_OF: dict[str, LoopConfig] = {
+    "content": _B4M,
+    "style": _B4M,
+    "join": replace(_B4M, steps=200, lr=1e-3),
+    "plain-content": replace(_B4M, steps=500),
+    "plain-style": replace(_B4M, steps=500),
+    "shared": replace(_B4M, steps=1000, batch_size=8),  # as many pictures as in the rows of "join"
+}
 
 RECIPES: dict[str, LoopConfig] = {
     "encoders": LoopConfig(
@@ -221,6 +237,10 @@ RECIPES: dict[str, LoopConfig] = {
         seed=62,
         save_every=250,
     ),
+    **{
+        name: replace(_B4M_OF[run.method], seed=71 + number)
+        for number, (name, run) in enumerate(b4m.RUNS.items())
+    },
 }
 
 

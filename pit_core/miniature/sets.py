@@ -7,11 +7,12 @@ its own mistakes against what it reads.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from . import data
+from . import b4m, data
 from .batches import Captioner, Pictures
 from .corrupt import corrupt
 from .critters import SCENES, STYLES, random_critter
@@ -148,6 +149,11 @@ def reader_picture(rng: np.random.Generator, held_out: bool | None, damaged: boo
     return corrupt(critter, rng) if damaged else Picture(critter).drawn()
 
 
+_B4M: dict[str, tuple[Maker, int]] = {
+    **{f"b4m-content-{n}": (partial(b4m.drawn_content, n), b4m.PICTURES) for n in b4m.CONTENTS},
+    **{f"b4m-style-{n}": (partial(b4m.drawn_style, n), b4m.PICTURES) for n in b4m.STYLES},
+}
+
 _SETS: dict[str, tuple[Maker, int]] = {
     "world": (_draw_world, 30000),
     "world-check": (_draw_world_check, 500),
@@ -158,4 +164,5 @@ _SETS: dict[str, tuple[Maker, int]] = {
     "sheet-pairs": (_draw_sheet_pair, 4000),
     "diptychs": (_draw_diptych, 12000),
     "diptychs-check": (_draw_diptych_check, 200),
+    **_B4M,
 }

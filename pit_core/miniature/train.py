@@ -18,7 +18,7 @@ import torch
 from ..errors import PitError
 from ..train.ip_prior import IPPriorObjective
 from ..train.loop import Result, latest_checkpoint
-from . import flux_train, models, reader
+from . import b4m, b4m_stages, flux_train, models, reader
 from .batches import Captioned, Concepts, Conditioned, Pairs, Pictures, to_pixels
 from .flux_trained import FILL_STAGES
 from .objectives import ContrastiveObjective, DecoderObjective, ReaderObjective, UNetObjective, VAEObjective
@@ -71,7 +71,7 @@ def main(
     scale: float | None = None,
     from_shipped: bool = False,
 ) -> list[tuple[str, Result]]:
-    """Train one stage, or all in order; a stage that takes more than ``minutes`` stops and is the last.
+    """Train one stage, or all that ship, in order; one that takes over ``minutes`` stops and is the last.
 
     ``scale`` below 1 takes that share of pictures and steps, for a trial of the whole chain; a folder keeps
     its scale. ``from_shipped`` takes the shipped weights where an earlier stage was not trained in ``out``.
@@ -84,8 +84,9 @@ def main(
     if from_shipped:
         start_from_shipped(out)
     results = []
-    for name in STAGES if stage is None else (stage,):
-        if name in (*UNET_STAGES, *ADAPTER_STAGES, *IP_LORA_STAGES):
+    in_order = [name for name in STAGES if name not in b4m.AT_HOME]
+    for name in in_order if stage is None else [stage]:
+        if name in (*UNET_STAGES, *ADAPTER_STAGES, *IP_LORA_STAGES, *b4m_stages.STAGES):
             require_good_vae(out)
         if name in FILL_STAGES:
             require_good_vae(out, ("flux-vae",))
@@ -268,4 +269,5 @@ STAGES: dict[str, Callable[..., Result]] = {
     **{stage: partial(train_prior, stage=stage) for stage in PRIOR_STAGES},
     **{stage: partial(train_ip_lora, stage=stage) for stage in IP_LORA_STAGES},
     **flux_train.STAGES,
+    **b4m_stages.STAGES,
 }

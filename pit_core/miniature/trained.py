@@ -305,10 +305,12 @@ def alphas_cumprod() -> Tensor:
 def base_latents(out: Path, vae: Any) -> np.ndarray:
     """Scaled latents (N, 4, 16, 16) of the base pictures."""
 
-    return _of_base(out, "latents", _encoding(vae), weights_of(out, "vae"))
+    return _of_base(out, "latents", encoding(vae), weights_of(out, "vae"))
 
 
-def _encoding(vae: Any) -> Callable[[Tensor], Tensor]:
+def encoding(vae: Any) -> Callable[[Tensor], Tensor]:
+    """What makes scaled latents (B, 4, 16, 16) of pixels (B, 3, 128, 128) in [-1, 1]."""
+
     def make(pixels: Tensor) -> Tensor:  # a few at a time: what stays in the CPU's cache is twice as fast
         latents = torch.cat([vae.encode(few).latent_dist.mode() for few in pixels.split(4)])
         return latents * models.SDXL_LATENT_SCALE
@@ -331,7 +333,7 @@ def _of_base(out: Path, name: str, make: Callable[[Tensor], Tensor], of: str) ->
 
 def pair_latents(out: Path, kind: str, vae: Any) -> np.ndarray:
     """Scaled latents (N, 4, 16, 16) of the targets of a kind of pairs."""
-    return _of_pairs(out, kind, 0, "latents", _encoding(vae), weights_of(out, "vae"))
+    return _of_pairs(out, kind, 0, "latents", encoding(vae), weights_of(out, "vae"))
 
 
 def pair_tokens(out: Path, kind: str, image_encoder: Any, adapter: IPAdapter) -> np.ndarray:
