@@ -132,20 +132,14 @@ class Application:
         self._warned.clear()
 
     def active(self, options: Mapping[str, Any]) -> bool:
-        if self.span[0] <= 0 and self.span[1] >= 1:
-            return True
-        if (view := options.get(VIEW)) is None:
-            raise PitError(
-                "start_at and end_at need the noise level of each step, but this sampler tells none."
-            )
-        return view.within(self.span)
+        return within(self.span, options)
 
     def term(self, q: Tensor, prompts: Tensor, n: int, options: Mapping[str, Any]) -> Tensor:
         """What these tokens add to layer n: queries (rows, N, width) -> the same shape; prompts: its keys."""
-        halves, view = _halves(options), options.get(VIEW)
+        halves, view = halves_of(options), options.get(VIEW)
         rows, tiles = _rows(len(q), len(halves), view)
         found = {half: self._on_device(n, half, q) for half in set(halves)}
-        parts = [[_spread(found[half][i], rows, view, "tokens") for half in halves] for i in (0, 1)]
+        parts = [[spread(found[half][i], rows, view, "tokens") for half in halves] for i in (0, 1)]
         if self.mask is not None:
             parts.append(self._masks(q, rows, len(halves), options))
         k, v, *mask = (_tiled(torch.cat(part), tiles, prompts, view) for part in parts)
@@ -176,7 +170,7 @@ class Application:
         boxes = [areas.get(uuid) for uuid in _uuids(options, conditions)]
         if view is not None:
             self._look_for_tiles({view.size(box) for box in boxes}, options["original_shape"])
-        return [_spread(self._mask(grid, box, view, q), rows, view, "mask") for box in boxes]
+        return [spread(self._mask(grid, box, view, q), rows, view, "mask") for box in boxes]
 
     def _look_for_tiles(self, shown: set[tuple[int, int]], shape: Sequence[int]) -> None:
         """Say once a run that a mask cannot be cut like the picture: nobody tells where a tile lies."""
@@ -241,7 +235,16 @@ def stacked(
     return StackedAttention(n, [application], attention, before)
 
 
-def _halves(options: Mapping[str, Any]) -> list[int]:
+def within(span: Span, options: Mapping[str, Any]) -> bool:
+    """Whether this step lies in a span of the run."""
+    if span[0] <= 0 and span[1] >= 1:
+        return True
+    if (view := options.get(VIEW)) is None:
+        raise PitError("start_at and end_at need the noise level of each step, but this sampler tells none.")
+    return view.within(span)
+
+
+def halves_of(options: Mapping[str, Any]) -> list[int]:
     """The half of each condition in a batch: as its guider calls it, else by its number, where 0 is cond."""
     numbers = list(options.get("cond_or_uncond") or [COND])
     told, uuids = options.get(HALVES) or {}, _uuids(options, len(numbers))
@@ -283,7 +286,7 @@ def _tiled(t: Tensor, tiles: int, prompts: Tensor, view: View | None) -> Tensor:
     return torch.cat([t] * tiles) if view.in_turn(prompts, len(t)) else t.repeat_interleave(tiles, dim=0)
 
 
-def _spread(t: Tensor, rows: int, view: View | None, what: str) -> Tensor:
+def spread(t: Tensor, rows: int, view: View | None, what: str) -> Tensor:
     """One row for all pictures shown, or the rows over and over, as the host repeats batches."""
     pictures = None if view is None else view.pictures
     whole = rows if pictures is None else view.shape[0]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import tempfile
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -55,13 +57,17 @@ from .attention import (
     View,
     stacked,
 )
+from .panels import Panels
 
 KEY = "piece_it_together"
+PANELS = f"{KEY}_panels"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 TOKEN_FILES = {".safetensors"}
 TOKENS = "ip_tokens"
 DIRECTIONS = "ip_directions"
 EVERYTHING = 1e30  # bytes, more than any device has
+CUT_OUT = "cut_out"
+FLUX_BLOCKS = {"double": 19, "single": 38}
 KEPT_RUNS = 4  # keys and values kept per adapter, so that another weight does not compute them again
 
 # folders
@@ -75,6 +81,7 @@ def register_folders() -> None:
         ("ip_prior", models / "ip_prior", WEIGHTS),
         (TOKENS, output / TOKENS, TOKEN_FILES),
         (DIRECTIONS, models / DIRECTIONS, WEIGHTS),
+        (CUT_OUT, models / CUT_OUT, WEIGHTS),
         (DIRECTIONS, output / DIRECTIONS, WEIGHTS),
     ):
         folder_paths.add_model_folder_path(name, str(place))
@@ -86,6 +93,25 @@ def register_folders() -> None:
 def files_in(folder: str) -> list[str]:
     """The files of a folder as a drop-down lists them."""
     return list(folder_paths.get_filename_list(folder))
+
+
+def folders_in(folder: str) -> list[str]:
+    """The model folders, as transformers writes them, in a folder of models."""
+    return sorted(_model_folders(folder))
+
+
+def folder_of(folder: str, name: str) -> Path:
+    """The model folder that a drop-down's entry stands for. Raises PitError where it is gone."""
+    found = _model_folders(folder).get(name)
+    if found is None:
+        known = ", ".join(map(str, folder_paths.get_folder_paths(folder)))
+        raise PitError(f"There is no model folder {name[:100]!r} in {known}; put it there, or take another.")
+    return found
+
+
+def _model_folders(folder: str) -> dict[str, Path]:
+    places = reversed(folder_paths.get_folder_paths(folder))  # of two with one name the first place counts
+    return {path.parent.name: path.parent for place in places for path in Path(place).glob("*/config.json")}
 
 
 def path_of(folder: str, name: str) -> Path:
@@ -182,6 +208,11 @@ class Managed:
         other.patcher = self.patcher.clone()
         _add_patches(other.patcher, changes, strength)
         return other
+
+
+def load_module(*modules: torch.nn.Module) -> None:
+    """Bring modules that are used once to the device, and make room there for them."""
+    Managed(torch.nn.ModuleList(modules)).load()
 
 
 class ManagedAdapter:
@@ -475,6 +506,58 @@ def _window(window: Any, x: Tensor) -> tuple[tuple[int, ...], tuple[int, tuple[i
 def _within(area: Sequence[int], latent: Sequence[int]) -> Area:
     height, width, top, left = (int(value) for value in area)
     return min(height, latent[0] - top), min(width, latent[1] - left), top, left
+
+
+# the panels of a diptych
+
+
+def flux_blocks(model: Any) -> dict[str, int]:
+    """How many double and single blocks a MODEL has; Flux's own where it does not tell.
+
+    Raises PitError for what is no model, and for a UNet, whose attention is another.
+    """
+    network = _network(model)
+    if hasattr(network, "input_blocks"):
+        raise PitError("model is a UNet, as SDXL and SD1.5 are; diptychs need a model of the Flux family.")
+    lists = {kind: getattr(network, f"{kind}_blocks", None) for kind in FLUX_BLOCKS}
+    return {kind: FLUX_BLOCKS[kind] if found is None else len(found) for kind, found in lists.items()}
+
+
+def apply_panels(model: Any, panels: Panels) -> Any:
+    """A clone of the model that looks harder at the left panel; of several uses the last one that is active
+    at a step and block counts."""
+    patched = model.clone()
+    _watch(patched)
+    kinds = comfy.patcher_extension.WrappersMP
+    patched.add_wrapper_with_key(kinds.PREDICT_NOISE, PANELS, partial(_count_step, panels))
+    patched.add_wrapper_with_key(kinds.DIFFUSION_MODEL, PANELS, partial(_look_across, panels))
+    cleanup = comfy.patcher_extension.CallbacksMP.ON_CLEANUP
+    patched.add_callback_with_key(cleanup, PANELS, partial(_finish, panels))
+    return patched
+
+
+def _count_step(panels: Panels, executor: Any, *args: Any, **named: Any) -> Any:
+    panels.step()
+    return executor(*args, **named)
+
+
+def _finish(panels: Panels, _model: Any) -> None:
+    panels.finish()
+
+
+def _look_across(panels: Panels, executor: Any, *args: Any, **named: Any) -> Any:
+    """Around one forward pass. Models of the family differ in the order of what they take, not in names."""
+    call = inspect.signature(executor.original).bind(*args, **named)
+    options = call.arguments.get("transformer_options") or {}
+    patch = getattr(executor.class_obj, "patch_size", 2)
+    size = [-(-side // patch) for side in call.arguments["x"].shape[-2:]]
+    override = panels.override(options, size, call.arguments["context"].shape[1])
+    if override is None:
+        return executor(*args, **named)
+    call.arguments["transformer_options"] = override.options(options)
+    out = executor(*call.args, **call.kwargs)
+    panels.asked(override)
+    return out
 
 
 # LoRAs

@@ -17,7 +17,7 @@ def to_pictures(images: Any, name: str, masks: Tensor | None = None) -> list[Ima
 
     `name` is the input's. Raises PitError for what is no image, empty, or not finite.
     """
-    batch = _floats(images, name)
+    batch = to_floats(images, name)
     if masks is not None:
         batch = _with_mask(batch, masks, name)
     numbers = (batch.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
@@ -46,8 +46,31 @@ def to_mask(mask: Any, name: str = "mask") -> Tensor | None:
     return mask.clamp(0, 1)
 
 
-def _floats(images: Any, name: str) -> Tensor:
-    """(B, H, W, 3 or 4) float32 on the CPU."""
+def on_white(batch: Tensor) -> Tensor:
+    """(B, H, W, 3 or 4) -> (B, H, W, 3): transparency shows white."""
+    if batch.shape[-1] == 3:
+        return batch
+    return torch.lerp(torch.ones_like(batch[..., :3]), batch[..., :3], batch[..., 3:])
+
+
+def fitted_masks(masks: Tensor, batch: Tensor, name: str) -> Tensor:
+    """Masks (B or 1, H, W) at the size of pictures, one for each. Raises PitError for another number."""
+    if masks.shape[0] not in (1, len(batch)):
+        raise PitError(
+            f"{name} has {masks.shape[0]} rows, but there are {len(batch)} pictures; give 1 or as many."
+        )
+    return resized_masks(masks, (batch.shape[1], batch.shape[2])).expand(len(batch), -1, -1)
+
+
+def resized_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks (B, H, W) at (height, width)."""
+    if tuple(masks.shape[1:]) == size:
+        return masks
+    return torch.nn.functional.interpolate(masks[:, None], size=size, mode="bilinear")[:, 0]
+
+
+def to_floats(images: Any, name: str) -> Tensor:
+    """IMAGE -> (B, H, W, 3 or 4) float32 on the CPU. Raises PitError, naming the input, for what is none."""
     if not isinstance(images, Tensor):
         raise PitError(f"{name} is no image but {type(images).__name__}; connect an IMAGE output.")
     batch = images[None] if images.ndim == 3 else images
@@ -71,9 +94,7 @@ def _with_mask(batch: Tensor, masks: Tensor, name: str) -> Tensor:
         raise PitError(
             f"mask has {masks.shape[0]} rows, but {name} {batch.shape[0]} pictures; give 1 or as many."
         )
-    size = tuple(batch.shape[1:3])
-    if tuple(masks.shape[1:]) != size:
-        masks = torch.nn.functional.interpolate(masks[:, None], size=size, mode="bilinear")[:, 0]
+    masks = resized_masks(masks, (batch.shape[1], batch.shape[2]))
     alpha = masks[..., None].expand(batch.shape[0], -1, -1, -1)
     alpha = alpha * batch[..., 3:] if batch.shape[-1] == 4 else alpha
     return torch.cat([batch[..., :3], alpha], dim=-1)

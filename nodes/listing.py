@@ -1,6 +1,8 @@
 """All nodes of the pack; a class's name is its node's id."""
 
 from . import host
+from .cut_out import PiTCutOut
+from .diptych import PiTDiptychAttention, PiTDiptychCrop, PiTDiptychPrepare, PiTDiptychPrompt
 from .directions import (
     PiTEditTokens,
     PiTFindDirection,
@@ -38,5 +40,10 @@ NODES = (
     PiTSaveDirection,
     PiTLoadDirection,
     PiTIPLoRA,
+    PiTDiptychPrepare,
+    PiTDiptychPrompt,
+    PiTDiptychAttention,
+    PiTDiptychCrop,
+    PiTCutOut,
     PiTMiniatureSDXL,
 )

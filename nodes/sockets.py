@@ -18,6 +18,7 @@ IPTokensSocket = io.Custom("PIT_IP_TOKENS")
 IPAdapterSocket = io.Custom("PIT_IP_ADAPTER")
 IPPriorSocket = io.Custom("PIT_IP_PRIOR")
 DirectionSocket = io.Custom("PIT_DIRECTION")
+DiptychSocket = io.Custom("PIT_DIPTYCH_LAYOUT")
 EmbedsSocket = io.Custom("EMBEDS")  # of the popular IP-Adapter pack: features before the projection
 
 MINIATURE = "miniature (ships with this pack)"

@@ -328,7 +328,8 @@ def sample(
     try:
         for i in range(steps):
             sigma = torch.full((1,), 14.0 * (1 - i / steps))
-            options = patcher.model_options
+            told = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
+            options = {**patcher.model_options, "transformer_options": told}
             wrappers = patcher.all_of(patcher.wrappers, "calc_cond_batch")
             cond, uncond = _wrapped(wrappers, _predict)(patcher.model, entries, x, sigma, options)
             v = cond if cfg == 1 else uncond + cfg * (cond - uncond)
@@ -445,7 +446,11 @@ def install(folder: Path) -> tuple[State, list[str]]:
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
         "comfy.ops": {"manual_cast": SimpleNamespace(Linear=_CastingLinear, LayerNorm=_CastingNorm)},
         "comfy.patcher_extension": {
-            "WrappersMP": SimpleNamespace(CALC_COND_BATCH="calc_cond_batch", PREDICT_NOISE="predict_noise"),
+            "WrappersMP": SimpleNamespace(
+                CALC_COND_BATCH="calc_cond_batch",
+                PREDICT_NOISE="predict_noise",
+                DIFFUSION_MODEL="diffusion_model",
+            ),
             "CallbacksMP": SimpleNamespace(ON_CLEANUP="on_cleanup"),
         },
         "comfy.sd": {},

@@ -136,6 +136,21 @@ def test_only_the_named_rows_are_enhanced(rows):
 
 
 @pytest.mark.parametrize("mode", ["reference", "normalized"])
+def test_only_the_named_targets_look_harder(mode):
+    q, k, v = inputs(3 + 15 + 2)
+    how = {"text_tokens": 3, "grid": (3, 5), "trailing_tokens": 2}
+    targets = torch.tensor([True, False, False] * 3)
+    out = panel_attention(q, k, v, strength=1.7, mode=mode, targets=targets, **how)
+    gains = torch.full((2, 6), 1.7)
+    expected = dense(q, k, v, 3, (3, 5), 2, torch.ones(2, 6))
+    harder = 3 + torch.tensor([2, 7, 12])
+    expected[:, :, harder] = dense(q, k, v, 3, (3, 5), 2, gains, None, mode == "normalized")[:, :, harder]
+    close(out, expected)
+    none = panel_attention(q, k, v, strength=1.7, mode=mode, targets=~(targets | True), **how)
+    assert torch.equal(none, F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("mode", ["reference", "normalized"])
 @pytest.mark.parametrize("kind", ["added", "bool"])
 @pytest.mark.parametrize("shape", [(18, 18), (1, 18), (2, 1, 18, 18), (2, 3, 18, 18), (1, 1, 1, 18)])
 def test_masks(shape, kind, mode):
@@ -214,6 +229,8 @@ def test_gradients_are_those_of_the_dense_form():
         ({"strength": torch.ones(2, 7)}, r"shape \(2, 6\), or a row for all, but got \(2, 7\)"),
         ({"strength": torch.ones(3, 6)}, r"but got \(3, 6\)"),
         ({"strength": torch.ones(2, 1, 6)}, r"but got \(2, 1, 6\)"),
+        ({"targets": torch.ones(8, dtype=torch.bool)}, "right panel's 9 tokens, but got torch.bool of shape"),
+        ({"targets": torch.ones(9)}, "got torch.float32"),
         ({"rows": [True]}, "batch has 2 rows, but rows says for 1"),
         ({"mode": "renormalised"}, "one of reference, normalized, but got 'renormalised'"),
         ({"mask": torch.zeros(17, 18)}, r"but got \(17, 18\)"),

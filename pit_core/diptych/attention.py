@@ -34,6 +34,7 @@ def panel_attention(
     columns: int | None = None,
     mode: str = "reference",
     rows: Sequence[bool] | Tensor | None = None,
+    targets: Tensor | None = None,
     mask: Tensor | None = None,
     trailing_tokens: int = 0,
     heads: int | None = None,
@@ -49,6 +50,7 @@ def panel_attention(
     where M counts the left panel's tokens, the image's, or all (only the left panel's are read), or 1. A
     tensor on the CPU is checked without waiting for the device.
     rows: which of the batch's B rows are enhanced, all if None; for guidance, the conditional ones.
+    targets: which of the right panel's tokens look harder, (h * (w - columns),) bool, all if None.
     mask: what `attend` takes, (..., N or 1, N): added to the scores, or True where a query may look.
     mode: "reference" leaves the scaled probabilities as they are, "normalized" makes them sum to one again,
     at the price of a third call; it equals adding ln(strength) to the scores.
@@ -62,11 +64,12 @@ def panel_attention(
     _check_inputs(q, k, v, heads, attend)
     _check_mask(mask, q, heads, attend)
     attend = attend or _torch_attention(heads)
+    right, others = _split(panels, targets)
     gains = _key_gains(strength, rows, panels, q)
-    if gains is None:
+    if gains is None or not len(right):
         return attend(q, k, v, mask)
 
-    right, others = panels.right(q.device), panels.others(q.device)
+    right, others = right.to(q.device), others.to(q.device)
     scale = gains[:, None, :, None] if v.ndim == 4 else gains[..., None]
     plain = attend(_take(q, others), k, v, _mask_rows(mask, others))
     q_right, mask_right = _take(q, right), _mask_rows(mask, right)
@@ -98,21 +101,21 @@ class _Panels:
     def image_count(self) -> int:
         return self.height * self.width
 
-    def left(self, device: torch.device) -> Tensor:
-        return self._image(device)[:, : self.columns].flatten()
+    def left(self) -> Tensor:
+        return self._image()[:, : self.columns].flatten()
 
-    def right(self, device: torch.device) -> Tensor:
-        return self._image(device)[:, self.columns :].flatten()
+    def right(self) -> Tensor:
+        return self._image()[:, self.columns :].flatten()
 
-    def others(self, device: torch.device) -> Tensor:
+    def others(self) -> Tensor:
         """Everything but the right panel."""
-        everything = torch.arange(self.tokens, device=device)
+        everything = torch.arange(self.tokens)
         end = self.text + self.image_count
-        return torch.cat([everything[: self.text], self.left(device), everything[end:]])
+        return torch.cat([everything[: self.text], self.left(), everything[end:]])
 
-    def _image(self, device: torch.device) -> Tensor:
+    def _image(self) -> Tensor:
         end = self.text + self.image_count
-        return torch.arange(self.text, end, device=device).view(self.height, self.width)
+        return torch.arange(self.text, end).view(self.height, self.width)
 
 
 def _panels(q: Tensor, text: int, grid: tuple[int, int], columns: int | None, trailing: int) -> _Panels:
@@ -133,6 +136,20 @@ def _panels(q: Tensor, text: int, grid: tuple[int, int], columns: int | None, tr
             f"The left panel is {columns} tokens wide, but must leave both panels at least 1 of {width}."
         )
     return _Panels(text, height, width, columns, tokens)
+
+
+def _split(panels: _Panels, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The places of the tokens that look harder, and of all others, on the CPU."""
+    right, others = panels.right(), panels.others()
+    if targets is None:
+        return right, others
+    if targets.shape != right.shape or targets.dtype != torch.bool:
+        raise PitError(
+            f"The targets are a bool for each of the right panel's {len(right)} tokens, but got "
+            f"{targets.dtype} of shape {tuple(targets.shape)}."
+        )
+    chosen = targets.cpu()
+    return right[chosen], torch.cat([others, right[~chosen]])
 
 
 def _token_axis(t: Tensor) -> int:
@@ -165,7 +182,7 @@ def _key_gains(
     if not all(enhanced):
         values = torch.where(torch.tensor(enhanced).to(q.device)[:, None], values, 1.0)
     gains = torch.ones(values.shape[0], panels.tokens, device=q.device)
-    return gains.index_copy_(1, panels.left(q.device), values.expand(-1, panels.left_count))
+    return gains.index_copy_(1, panels.left().to(q.device), values.expand(-1, panels.left_count))
 
 
 def _left_strength(strength: float | Tensor, panels: _Panels, batch: int) -> Tensor:

@@ -100,13 +100,11 @@ class DiptychLayout:
 
     def crop(self, canvas: Tensor) -> Tensor:
         """The right panel without its margin: (B, H, W, C) -> (B, height, width, C)."""
-        if canvas.ndim != 4 or tuple(canvas.shape[1:3]) != self.canvas:
-            height, width = self.canvas
-            raise PitError(
-                f"The diptych has the shape (batch, {height}, {width}, channels), but got "
-                f"{tuple(canvas.shape)}; give the picture that was made with this layout."
-            )
-        return canvas[self._inside(self.seam, self.width)]
+        return self._checked(canvas)[self._inside(self.seam, self.width)]
+
+    def left_panel(self, canvas: Tensor) -> Tensor:
+        """The left panel without its margin: (B, H, W, C) -> (B, height, left_width, C)."""
+        return self._checked(canvas)[self._inside(0, self.left_width)]
 
     def strength_map(self, mask: Tensor, strength: float, outside: float = 1.0) -> Tensor:
         """A strength for each of the left panel's tokens, from a mask (B, height, left_width) of the subject.
@@ -115,9 +113,25 @@ class DiptychLayout:
         by the part of each token that it covers; the margin counts as its nearest pixel.
         """
         self._check_shape("mask of the subject", mask, (self.height, self.left_width), 3)
-        covered = _with_margin(mask.float()[..., None], self.margin).movedim(-1, 1)
-        covered = F.avg_pool2d(covered, TOKEN)[:, 0].flatten(1)
-        return outside + (strength - outside) * covered
+        return outside + (strength - outside) * self._covered(mask)
+
+    def covered(self, mask: Tensor) -> Tensor:
+        """How much of each of the right panel's tokens a mask (B, height, width) covers: (B, tokens), 0-1."""
+        self._check_shape("mask of the target", mask, (self.height, self.width), 3)
+        return self._covered(mask)
+
+    def _covered(self, mask: Tensor) -> Tensor:
+        planes = _with_margin(mask.float()[..., None], self.margin).movedim(-1, 1)
+        return F.avg_pool2d(planes, TOKEN)[:, 0].flatten(1)
+
+    def _checked(self, canvas: Tensor) -> Tensor:
+        if canvas.ndim != 4 or tuple(canvas.shape[1:3]) != self.canvas:
+            height, width = self.canvas
+            raise PitError(
+                f"The diptych has the shape (batch, {height}, {width}, channels), but got "
+                f"{tuple(canvas.shape)}; give the picture that was made with this layout."
+            )
+        return canvas
 
     def _inside(self, left: int, width: int) -> tuple[slice, slice, slice]:
         """Index of a panel's rows and columns without its margin; `left` is the panel's first column."""

@@ -16,6 +16,7 @@ ENGLISH = ROOT / "locales" / "en"
 SCRIPTS = sorted((ROOT / "js").rglob("*.js"))
 SECTIONS = ["Inputs", "Outputs", "When something goes wrong", "Example"]
 CORE_NODES = {
+    *("Apply ControlNet Inpainting (AliMama)", "InpaintModelConditioning", "Load Diffusion Model", "Save Image"),
     *("CLIP Text Encode (Prompt)", "Conditioning Zero Out", "Empty Latent Image", "Get Image from Batch"),
     *("Invert Mask", "Load LoRA", "Load LoRA (Model and CLIP)"),
     *("Join Image with Alpha", "KSampler", "Load CLIP Vision", "Load Checkpoint", "Load Image"),
@@ -24,6 +25,7 @@ CORE_NODES = {
 MAIN = {
     "nodeCategories": {"Piece it Together": "Piece it Together"},
     "dataTypes": {
+        "PIT_DIPTYCH_LAYOUT": "Diptych layout",
         "PIT_DIRECTION": "Direction",
         "PIT_IP_ADAPTER": "IP-Adapter",
         "PIT_IP_PRIOR": "IP-Prior",

@@ -28,6 +28,11 @@ IDS = [
     "PiTSaveDirection",
     "PiTLoadDirection",
     "PiTIPLoRA",
+    "PiTDiptychPrepare",
+    "PiTDiptychPrompt",
+    "PiTDiptychAttention",
+    "PiTDiptychCrop",
+    "PiTCutOut",
     "PiTMiniatureSDXL",
 ]
 
@@ -101,7 +106,10 @@ def test_execute_takes_every_input_with_its_default(bench: Bench) -> None:
 def test_the_pack_does_not_take_other_packs_socket_names(bench: Bench) -> None:
     outputs = {out.io_type for schema in schemas(bench).values() for out in schema.outputs}
     ours = {name for name in outputs if name.startswith("PIT_")}
-    assert ours == {"PIT_IP_ADAPTER", "PIT_IP_TOKENS", "PIT_IP_PRIOR", "PIT_DIRECTION"}
+    assert ours == {
+        *("PIT_IP_ADAPTER", "PIT_IP_TOKENS", "PIT_IP_PRIOR", "PIT_DIRECTION"),
+        "PIT_DIPTYCH_LAYOUT",
+    }
     assert not outputs & {"IPADAPTER", "EMBEDS"}
 
 
