@@ -16,7 +16,7 @@ app = group("The small trained stack that comes with the pack.")
 @plain_errors
 def train(
     stage: Annotated[
-        str | None, typer.Argument(help="One stage; all in order without it.", show_default=False)
+        str | None, typer.Argument(help="One stage; without it all that ship, in order.", show_default=False)
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")] = Path("runs/miniature"),
     minutes: Annotated[float | None, typer.Option(help="Stop after that time.", show_default=False)] = None,
