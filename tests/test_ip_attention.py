@@ -261,6 +261,11 @@ def test_models_without_cross_attention_are_refused():
         layers_of_config({**SDXL, "block_out_channels": (320, 640)})
 
 
+def test_too_few_depths_of_the_way_up_are_told_in_a_sentence():
+    with pytest.raises(PitError, match=r"gives 1 values, \[1\], where 3 are needed"):
+        layers_of_config({**SDXL, "reverse_transformer_layers_per_block": [1]})
+
+
 def test_weights_by_transformer_index_reach_every_layer_of_it():
     layers = layers_of_config(SDXL)
     weights = weights_by_layer(layers, {6: 1.0, 3: 0.5})

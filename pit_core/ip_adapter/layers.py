@@ -170,7 +170,8 @@ class _Plan:
             )
         self.resnets = _per_level(config.get("layers_per_block", 2), levels)
         self.depths = _per_level(config.get("transformer_layers_per_block", 1), levels)
-        self.up_depths = config.get("reverse_transformer_layers_per_block") or self.depths[::-1]
+        reverse = config.get("reverse_transformer_layers_per_block")
+        self.up_depths = _per_level(reverse or self.depths[::-1], levels)
         self.contexts = _per_level(config.get("cross_attention_dim", 1280), levels)
         _check_types(self.down_types, ("CrossAttnDownBlock2D", "DownBlock2D"))
         _check_types(self.up_types, ("CrossAttnUpBlock2D", "UpBlock2D"))
