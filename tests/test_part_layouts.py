@@ -1,5 +1,9 @@
 """Folders of parts told by their file names."""
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -79,6 +83,39 @@ def test_files_that_a_manifest_cannot_name_are_reported(tmp_path: Path) -> None:
     assert "'a.jpg'" in skipped[0].reason
     write_manifest(tmp_path / "parts.jsonl", wholes)
     assert read_manifest(tmp_path / "parts.jsonl") == wholes
+
+
+@contextmanager
+def _not_as_root() -> Iterator[None]:
+    """Root may read everything."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are not those of Windows")
+@pytest.mark.parametrize("mode", [0o000, 0o444])  # it cannot be listed, or its files not looked at
+def test_a_subfolder_that_cannot_be_read_is_reported_and_left_out(mode: int) -> None:
+    with tempfile.TemporaryDirectory() as name:  # the folders above pytest's own are for root alone
+        root = _folder(Path(name), "a/x_y.jpg", "b/x_y.jpg", "c/x_y.jpg")
+        root.chmod(0o755)
+        (root / "b").chmod(mode)
+        try:
+            with _not_as_root():
+                targets, skipped = _found(root)
+                reason = import_folder(root)[1][0].reason
+                with pytest.raises(PitError, match=r"^'[^\n]*b' cannot be read \(Permission denied\)"):
+                    import_folder(root / "b")
+        finally:
+            (root / "b").chmod(0o755)
+    assert list(targets) == ["a/x_y.jpg", "c/x_y.jpg"]
+    assert skipped == ["b"]
+    assert "cannot be read (Permission denied); change its permissions" in reason
 
 
 def test_a_folder_without_targets_is_refused(tmp_path: Path) -> None:

@@ -30,9 +30,10 @@ def import_folder(
     Only names are looked at. A name that ends in a number is a part where the layout has it so and its target
     is in the same folder; a released part needs two words before its number. Every other name is a target,
     however many words it has. "auto" decides for each folder: readme where `name.jpg` and `name_0.jpg` are
-    both there, else released. A set's name is its folder's path.
+    both there, else released. A set's name is its folder's path. A subfolder that cannot be read is left out
+    as a whole.
 
-    Raises PitError for a folder that is missing or holds no target, and for an unknown layout.
+    Raises PitError for an unknown layout, and for a folder that is missing, unreadable or holds no target.
     """
     folder = Path(folder)
     if layout not in ("auto", "released", "readme"):
@@ -41,19 +42,36 @@ def import_folder(
         raise PitError(f"There is no folder '{folder}'; name the one that holds the pictures.")
     wholes: list[Whole] = []
     skipped: list[Skipped] = []
-    for place in _folders(folder):
-        found, left = _import_set(folder, place, layout)
+    closed: list[Skipped] = []
+    for place in _folders(folder, closed):
+        try:
+            found, left = _import_set(folder, place, layout)
+        except OSError as error:
+            closed.append(_closed(folder, place, error))
+            continue
         wholes += found
         skipped += left
+    if not wholes and closed:
+        raise PitError(closed[0].reason)
     if not wholes:
         raise PitError(f"'{folder}' holds no target picture, neither itself nor in its subfolders.")
-    return wholes, skipped
+    return wholes, skipped + closed
 
 
-def _folders(folder: Path) -> Iterator[Path]:
-    for place, names, _ in os.walk(folder):
+def _folders(folder: Path, closed: list[Skipped]) -> Iterator[Path]:
+    """Those that can be listed; the others go into `closed`."""
+
+    def skip(error: OSError) -> None:
+        closed.append(_closed(folder, Path(error.filename), error))
+
+    for place, names, _ in os.walk(folder, onerror=skip):
         names[:] = sorted(name for name in names if not name.startswith("."))
         yield Path(place)
+
+
+def _closed(root: Path, place: Path, error: OSError) -> Skipped:
+    reason = f"'{place}' cannot be read ({error.strerror or error}); change its permissions, or leave it out."
+    return Skipped(place.relative_to(root).as_posix(), reason)
 
 
 def _import_set(root: Path, place: Path, layout: Layout) -> tuple[list[Whole], list[Skipped]]:
