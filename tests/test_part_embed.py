@@ -27,7 +27,7 @@ from pit_core.ip_adapter.adapter import IPAdapter
 from pit_core.ip_adapter.encode import ImageEncoder, encode_tokens
 from pit_core.parts.augment import Augment
 from pit_core.parts.canvas import on_white_square, reference_grid
-from pit_core.parts.embed import Embedded, Encoder, embed
+from pit_core.parts.embed import Embedded, Encoder, _dead_workers_named, embed
 from pit_core.parts.manifest import read_manifest, write_manifest
 from pit_core.parts.shards import Shard, as_tensor, read_index, read_white
 from pit_core.parts.token_data import TokenData, split_rows
@@ -231,6 +231,7 @@ class Killing(Encoder):
         self.calls += 1
         for child in multiprocessing.active_children() if self.calls == 2 else ():
             child.kill()
+            child.join()
         return super().__call__(pixels)
 
 
@@ -243,6 +244,19 @@ def test_a_killed_worker_is_told_in_a_sentence_and_the_run_goes_on(
     made = len(shards(tmp_path / "out"))
     assert 1 <= made < 12
     assert run(tmp_path / "out", source=source, shard_size=1).made == 12 - made
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        ConnectionRefusedError(111, "Connection refused"),  # its pixels were announced; it died in between
+        EOFError(),
+    ],
+)
+def test_a_workers_death_is_told_alike_however_it_shows(error: Exception) -> None:
+    with pytest.raises(PitError, match="^A process that decodes pictures was ended"), _dead_workers_named():
+        raise error
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -271,11 +271,12 @@ def _or_raise(pixels: Tensor | PitError) -> Tensor:
 
 @contextmanager
 def _dead_workers_named() -> Iterator[None]:
-    """torch tells of a worker's death by a signal, so the error can come from anywhere."""
+    """torch tells of a worker's death by a signal, so the error can come from anywhere. Where the worker had
+    pixels ready, asking it for them can fail before that, with an error of the connection."""
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise PitError(
             "A process that decodes pictures was ended, often for want of memory; run the command again, "
