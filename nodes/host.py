@@ -65,6 +65,7 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 TOKEN_FILES = {".safetensors"}
 TOKENS = "ip_tokens"
 DIRECTIONS = "ip_directions"
+LORAS = "loras"
 EVERYTHING = 1e30  # bytes, more than any device has
 CUT_OUT = "cut_out"
 FLUX_BLOCKS = {"double": 19, "single": 38}
@@ -83,6 +84,7 @@ def register_folders() -> None:
         (DIRECTIONS, models / DIRECTIONS, WEIGHTS),
         (CUT_OUT, models / CUT_OUT, WEIGHTS),
         (DIRECTIONS, output / DIRECTIONS, WEIGHTS),
+        (LORAS, output / LORAS, WEIGHTS),  # the host adds it itself, when it starts as a program
     ):
         folder_paths.add_model_folder_path(name, str(place))
         paths, known = folder_paths.folder_names_and_paths[name]

@@ -1,6 +1,7 @@
 """All nodes of the pack; a class's name is its node's id."""
 
 from . import host
+from .b4m import PiTApplyB4M, PiTLoadB4M, PiTSaveB4M
 from .cut_out import PiTCutOut
 from .diptych import PiTDiptychAttention, PiTDiptychCrop, PiTDiptychPrepare, PiTDiptychPrompt
 from .directions import (
@@ -40,6 +41,9 @@ NODES = (
     PiTSaveDirection,
     PiTLoadDirection,
     PiTIPLoRA,
+    PiTLoadB4M,
+    PiTApplyB4M,
+    PiTSaveB4M,
     PiTDiptychPrepare,
     PiTDiptychPrompt,
     PiTDiptychAttention,

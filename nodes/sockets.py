@@ -19,6 +19,7 @@ IPAdapterSocket = io.Custom("PIT_IP_ADAPTER")
 IPPriorSocket = io.Custom("PIT_IP_PRIOR")
 DirectionSocket = io.Custom("PIT_DIRECTION")
 DiptychSocket = io.Custom("PIT_DIPTYCH_LAYOUT")
+B4MSocket = io.Custom("PIT_B4M")
 EmbedsSocket = io.Custom("EMBEDS")  # of the popular IP-Adapter pack: features before the projection
 
 MINIATURE = "miniature (ships with this pack)"

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import host_double
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ PACK = "custom_nodes.piece-it-together"
 CONTEXT, TOKENS, POOLED = 32, 4, 16
 VISION, PROJECTION, PIXELS = 32, 20, 32
 
-FOLDERS = ("models/ipadapter", "models/ip_prior", "models/loras", "output/ip_tokens")
+FOLDERS = ("models/ipadapter", "models/ip_prior", "models/loras", "output/ip_tokens", "output/loras")
 
 UNET = {
     "in_channels": 4,
@@ -37,6 +38,21 @@ UNET = {
     "norm_num_groups": 8,
 }
 """diffusers' words for an SDXL family UNet with SDXL's eleven transformers."""
+
+SDXL = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "projection_class_embeddings_input_dim": 2816,
+    "norm_num_groups": 32,
+}
+"""SDXL itself."""
 
 SD15 = {
     "in_channels": 4,
@@ -279,6 +295,15 @@ class RealBench(Bench):
         fill(patcher.model, salt)
         patcher.model.diffusion_model.to(dtype).dtype = dtype
         return patcher
+
+    def sdxl(self) -> Any:
+        """The host's model of SDXL at its own size, its keys and shapes without their numbers."""
+        import comfy.model_management
+
+        with pytest.MonkeyPatch.context() as patch:
+            meta = torch.device("meta")
+            patch.setattr(comfy.model_management, "unet_offload_device", lambda: meta)
+            return self.host.empty_sdxl(SDXL)[0]
 
     def clip_vision(self, width: int = VISION, projection: int = PROJECTION) -> Any:
         import comfy.clip_vision

@@ -25,6 +25,7 @@ CORE_NODES = {
 MAIN = {
     "nodeCategories": {"Piece it Together": "Piece it Together"},
     "dataTypes": {
+        "PIT_B4M": "B4M",
         "PIT_DIPTYCH_LAYOUT": "Diptych layout",
         "PIT_DIRECTION": "Direction",
         "PIT_IP_ADAPTER": "IP-Adapter",

@@ -28,6 +28,9 @@ IDS = [
     "PiTSaveDirection",
     "PiTLoadDirection",
     "PiTIPLoRA",
+    "PiTLoadB4M",
+    "PiTApplyB4M",
+    "PiTSaveB4M",
     "PiTDiptychPrepare",
     "PiTDiptychPrompt",
     "PiTDiptychAttention",
@@ -45,7 +48,7 @@ def described(entry: Any) -> dict[str, Any]:
     found = {"id": entry.id, "type": entry.io_type, "optional": bool(entry.optional)}
     for name in ("default", "min", "max", "step", "options"):
         value = getattr(entry, name, None)
-        if value is not None and not (name == "options" and entry.id == "file"):
+        if value is not None and not (name == "options" and entry.id.endswith("file")):
             found[name] = value
     template = getattr(entry, "template", None)
     if template is not None:
@@ -107,7 +110,7 @@ def test_the_pack_does_not_take_other_packs_socket_names(bench: Bench) -> None:
     outputs = {out.io_type for schema in schemas(bench).values() for out in schema.outputs}
     ours = {name for name in outputs if name.startswith("PIT_")}
     assert ours == {
-        *("PIT_IP_ADAPTER", "PIT_IP_TOKENS", "PIT_IP_PRIOR", "PIT_DIRECTION"),
+        *("PIT_IP_ADAPTER", "PIT_IP_TOKENS", "PIT_IP_PRIOR", "PIT_DIRECTION", "PIT_B4M"),
         "PIT_DIPTYCH_LAYOUT",
     }
     assert not outputs & {"IPADAPTER", "EMBEDS"}
