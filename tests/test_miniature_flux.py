@@ -142,7 +142,7 @@ def test_sizes() -> None:
 # training
 
 
-def test_the_vae_learns_and_its_latents_are_centred(tmp_path: Path) -> None:
+def test_the_vae_trains_all_its_parameters() -> None:
     torch.manual_seed(0)
     vae, pixels = flux_models.build_flux_vae(), torch.rand(4, 3, 16, 16)
     objective = FluxVAEObjective(vae)
@@ -160,7 +160,7 @@ def test_a_new_fill_model_predicts_nothing_and_learns(batches: DiptychBatches, t
     velocity, masked = objective.velocity(batch, noise, t, t)
     assert velocity.shape == flux_models.pack(velocity_target(batch["latents"], noise)).shape
     assert not velocity.any() and torch.equal(masked.mean(), batch["mask"].mean())
-    before = float(objective(batch, draws)["loss"])
+    before = float(objective(batch, draws)["loss"].detach())
     config = LoopConfig(steps=6, batch_size=COUNT, lr=3e-3, ema_decay=0.0)
     train(objective, batches, config, tmp_path, quiet=True)
     with torch.no_grad():

@@ -22,7 +22,7 @@ class FluxVAEObjective(Objective):
     The means matter, as Flux's VAE has no layer in which they could be taken off afterwards.
     """
 
-    def __init__(self, vae: Any, kl: float = 1e-4, centre: float = 0.01) -> None:
+    def __init__(self, vae: Any, kl: float = 1e-4, centre: float = 0.03) -> None:
         super().__init__()
         self.vae, self.kl, self.centre = vae, kl, centre
 
