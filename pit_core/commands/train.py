@@ -37,9 +37,10 @@ def train_ip_prior(
     """Train an IP-Prior on embedded part data; goes on where an earlier run stopped."""
     from ..train.config import read_config
     from ..train.ip_prior_run import PUBLISHED, PriorSettings, run
+    from .previews import load_decoder
 
     out = read_config(config, PriorSettings).out
-    _tell(run(config), out / PUBLISHED)
+    _tell(run(config, decoder=load_decoder), out / PUBLISHED)
 
 
 @app.command("ip-lora")

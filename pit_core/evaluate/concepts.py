@@ -104,6 +104,14 @@ def run(
     return rows
 
 
+def of_prior(stack: Stack, judge: torch.nn.Module, *, count: int, seed: int) -> Row:
+    """The IP-Prior's line of `run` alone."""
+    cases = concept_cases(count, seed)
+    seeds = [MOST * seed + index for index in range(count)]
+    tokens = _sampled(stack, cases, seeds, PriorSettings())
+    return _row("IP-Prior", judge, drawn(stack, tokens, [picture_seed(s) for s in seeds]), cases)
+
+
 def accepted(
     stack: Stack, judge: torch.nn.Module, *, count: int = 200, seed: int = 0
 ) -> dict[str, dict[str, float]]:

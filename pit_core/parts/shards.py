@@ -160,8 +160,8 @@ class Shard:
 class ShardFolder:
     """All wholes of an index, by number. It can be handed to worker processes."""
 
-    def __init__(self, folder: Path, index: Index) -> None:
-        self.folder, self.index = folder, index
+    def __init__(self, folder: Path, index: Index, most_open: int = OPEN) -> None:
+        self.folder, self.index, self.most_open = folder, index, most_open
         self._starts = np.cumsum([0, *(count for _, count in index.shards)])
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
@@ -183,7 +183,7 @@ class ShardFolder:
 
     def _shard(self, number: int) -> Shard:
         if number not in self._open:
-            while len(self._open) >= OPEN:
+            while len(self._open) >= self.most_open:
                 self._open.popitem(last=False)
             self._open[number] = Shard(self.folder / self.index.shards[number][0])
         self._open.move_to_end(number)

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from ..errors import PitError
 from .augment import Augment, choose_parts, item_chance
-from .shards import Arrays, ShardFolder, as_tensor, read_index, read_white
+from .shards import OPEN, Arrays, ShardFolder, as_tensor, read_index, read_white
 
 
 class TokenData:
     """Examples out of a folder of `pit data embed`, alike on any number of workers and processes.
 
     `settings` None takes those that the folder was made with; of others only max_crops, empty_prob, use_ref
-    and reference_prob matter here. `rows` are the numbers of the wholes to hand out, all by default.
+    and reference_prob matter here. `rows` are the numbers of the wholes to hand out, all by default. Among
+    several folders, `first` is the number of its first whole, and `most_open` of its shards stay open.
 
     Raises PitError for a folder that is not finished or damaged, and for references that it does not hold.
     """
@@ -34,17 +35,19 @@ class TokenData:
         *,
         seed: int = 0,
         rows: Sequence[int] | None = None,
+        first: int = 0,
+        most_open: int = OPEN,
     ) -> None:
-        self.index = read_index(folder)
+        self.folder, self.index = folder, read_index(folder)
         self.settings = settings or self.index.augment
         if self.settings.use_ref and not self.index.augment.use_ref:
             raise PitError(
                 f"'{folder}' was embedded without references; embed it with use_ref, or leave it out."
             )
         self.white = read_white(folder, self.index)
-        self.wholes = ShardFolder(folder, self.index)
+        self.wholes = ShardFolder(folder, self.index, most_open)
         self.rows = range(len(self.index)) if rows is None else rows
-        self.seed = seed
+        self.seed, self.first = seed, first
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,7 +60,7 @@ class TokenData:
     def _example(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         number = self.rows[index]
         arrays = self.wholes[number]
-        chance = item_chance(self.seed, epoch, number)
+        chance = item_chance(self.seed, epoch, self.first + number)
         slots = [*self._reference(arrays, chance), *self._parts(arrays, chance)]
         slots += [self.white] * (self.settings.slots - len(slots))
         target = as_tensor(arrays["target"])

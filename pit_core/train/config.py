@@ -69,12 +69,18 @@ def _value(value: Any, hint: Any, name: str, folder: Path) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         if value is None:
             return None
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+        hint = _fitting(value, [part for part in typing.get_args(hint) if part is not type(None)])
     if is_dataclass(hint):
         return from_mapping(value, typing.cast(type, hint), where=name, folder=folder)
     if typing.get_origin(hint) is tuple:
         return _tuple(value, typing.get_args(hint), name, folder)
     return _plain(value, hint, name, folder)
+
+
+def _fitting(value: Any, kinds: list[Any]) -> Any:
+    """Of one kind or a list of it, what the value is."""
+    several = isinstance(value, list)
+    return next((kind for kind in kinds if (typing.get_origin(kind) is tuple) == several), kinds[0])
 
 
 def _tuple(value: Any, kinds: tuple[Any, ...], name: str, folder: Path) -> tuple[Any, ...]:

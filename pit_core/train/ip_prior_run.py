@@ -15,12 +15,14 @@ from ..ip_prior.checkpoint import load_prior
 from ..ip_prior.info import PriorInfo
 from ..ip_prior.model import IPPrior, init_for_training
 from ..parts.augment import Augment
-from ..parts.shards import read_index
-from ..parts.token_data import TokenData, split_rows
+from ..parts.joint import JointTokens, split_folders
+from ..parts.shards import OPEN, read_index
+from ..parts.token_data import TokenData
 from .config import read_config
 from .events import EventLog
 from .ip_prior import IPPriorObjective
 from .ip_prior_check import flow_losses
+from .ip_prior_preview import LoadDecoder, Previews, PriorPreview
 from .loop import LoopConfig, Result, train
 from .plot import plot_losses
 from .same_run import refuse_another_run
@@ -62,14 +64,16 @@ class Validation:
 class PriorSettings:
     """What `pit train ip-prior` reads from its YAML file. Paths are relative to that file.
 
-    tokens: a folder of `pit data embed`. out: where everything goes. start: a prior to go on from, instead
-    of fresh weights; it brings its sizes. max_crops, empty_prob, use_ref, reference_prob: as in `Augment`;
-    by default as the tokens were embedded. prefix, cond_dropout: as in `IPPriorObjective`.
+    tokens: a folder of `pit data embed`, or a list of them, which are mixed. weights: how often each of them
+    comes; by default by its size. out: where everything goes. start: a prior to go on from, instead of fresh
+    weights; it brings its sizes. max_crops, empty_prob, use_ref, reference_prob: as in `Augment`; by default
+    as the tokens were embedded. prefix, cond_dropout: as in `IPPriorObjective`.
     """
 
-    tokens: Path
+    tokens: Path | tuple[Path, ...]
     out: Path
     train: LoopConfig
+    weights: tuple[float, ...] = ()
     prior: PriorSizes = field(default_factory=PriorSizes)
     start: Path | None = None
     max_crops: int | None = None
@@ -80,6 +84,16 @@ class PriorSettings:
     cond_dropout: float = 0.0
     gradient_checkpointing: bool = False
     validation: Validation = field(default_factory=Validation)
+    preview: PriorPreview = field(default_factory=PriorPreview)
+
+    def __post_init__(self) -> None:
+        if not self.folders:
+            raise PitError("Expected at least one folder of tokens, got an empty list.")
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """All folders of tokens."""
+        return self.tokens if isinstance(self.tokens, tuple) else (self.tokens,)
 
     def choice(self, embedded: Augment) -> Augment:
         """Which parts an example shows: as embedded, but for what is set here."""
@@ -88,41 +102,73 @@ class PriorSettings:
         return replace(embedded, **given)
 
 
-def run(config_path: str | os.PathLike[str], *, quiet: bool = False) -> Result:
+def run(
+    config_path: str | os.PathLike[str], *, quiet: bool = False, decoder: LoadDecoder | None = None
+) -> Result:
     """Train a prior as the YAML file says; go on where an earlier run with the same `out` stopped.
 
     Writes into `out`: checkpoints/, log.jsonl, loss.png, events/ for tensorboard, and at every checkpoint
-    ip_prior.safetensors, the averaged weights with their settings. Runs in one process, or in several under
-    `accelerate launch`.
+    ip_prior.safetensors, the averaged weights with their settings. `decoder` loads what draws the previews
+    that the file asks for; they go into previews/. Runs in one process, or in several under `accelerate
+    launch`.
 
     Raises PitError for settings that are unknown or out of range, for a folder of tokens that is not finished
-    or damaged, and for an `out` that was begun with other data or another model.
+    or damaged, for folders and a decoder that do not belong together, and for an `out` that was begun with
+    other data or another model.
     """
     from accelerate import PartialState
 
     settings = read_config(config_path, PriorSettings)
     state = PartialState(cpu=not torch.cuda.is_available())
-    index = read_index(settings.tokens)
-    choice, seed = settings.choice(index.augment), settings.train.seed
-    held = min(settings.validation.wholes, len(index) // MOST_HELD_OUT)
-    rows, held_rows = split_rows(len(index), held, settings.validation.seed)
-    data = TokenData(settings.tokens, choice, seed=seed, rows=rows)
-    check = TokenData(settings.tokens, choice, seed=settings.validation.seed, rows=held_rows)
+    data, check = _data(settings)
     objective = IPPriorObjective(
-        _prior(settings, index.tokens, index.width),
+        _prior(settings, data.index.tokens, data.index.width),
         prefix=settings.prefix,
         cond_dropout=settings.cond_dropout,
         white=data.white,
     )
     _refuse_another_run(settings, data, objective, write=state.is_main_process)
-    publish = _publisher(settings, objective, data)
-    validate = _validator(settings.validation, objective, check, publish)
+    info = PriorInfo(
+        objective.prior.config,
+        use_ref=data.settings.use_ref,
+        max_crops=data.settings.max_crops,
+        sketch_prob=data.settings.sketch_prob,
+    )
+    previews = _previews(settings, check, info, decoder) if state.is_main_process else None
+    publish = _publisher(settings, objective, data, info)
+    validate = _validator(settings, objective, check, publish, previews)
     result = train(
         objective, data, settings.train, settings.out, validate=validate, quiet=quiet, description="ip-prior"
     )
     if state.is_main_process:
         publish(result.step)
     return result
+
+
+def _data(settings: PriorSettings) -> tuple[JointTokens, JointTokens]:
+    """What is trained on, and what is held out."""
+    seed, held_seed = settings.train.seed, settings.validation.seed
+    indices = [read_index(folder) for folder in settings.folders]
+    sizes = [len(index) for index in indices]
+    held = min(settings.validation.wholes, sum(sizes) // MOST_HELD_OUT)
+    data, check = [], []
+    rows = split_folders(sizes, held, held_seed)
+    for number, (folder, index, (own, out)) in enumerate(zip(settings.folders, indices, rows, strict=True)):
+        choice = settings.choice(index.augment)
+        place = {"first": sum(sizes[:number]), "most_open": max(1, OPEN // len(sizes))}
+        data.append(TokenData(folder, choice, seed=seed, rows=own, **place))
+        check.append(TokenData(folder, choice, seed=held_seed, rows=out, **place))
+    return JointTokens(data, settings.weights, seed=seed), JointTokens(check)
+
+
+def _previews(
+    settings: PriorSettings, check: JointTokens, info: PriorInfo, decoder: LoadDecoder | None
+) -> Previews | None:
+    if not settings.preview.model:
+        return None
+    if decoder is None:
+        raise PitError(f"There is nothing here that draws previews by '{settings.preview.model}'.")
+    return Previews(decoder(settings.preview), check, info, settings.preview)
 
 
 def _prior(settings: PriorSettings, tokens: int, width: int) -> IPPrior:
@@ -132,7 +178,7 @@ def _prior(settings: PriorSettings, tokens: int, width: int) -> IPPrior:
         if found != (tokens, width):
             raise PitError(
                 f"'{settings.start.name}' works with {found[0]} tokens of width {found[1]}, but "
-                f"'{settings.tokens}' holds {tokens} of width {width}; they belong to different adapters."
+                f"'{settings.folders[0]}' holds {tokens} of width {width}; they belong to different adapters."
             )
     else:
         sizes = settings.prior
@@ -143,10 +189,11 @@ def _prior(settings: PriorSettings, tokens: int, width: int) -> IPPrior:
 
 
 def _refuse_another_run(
-    settings: PriorSettings, data: TokenData, objective: IPPriorObjective, *, write: bool
+    settings: PriorSettings, data: JointTokens, objective: IPPriorObjective, *, write: bool
 ) -> None:
     now = {
-        "tokens": sha256("\n".join(name for name, _ in data.index.shards).encode()).hexdigest(),
+        "tokens": sha256("\n".join(data.shards).encode()).hexdigest(),
+        "weights": list(settings.weights) or None,
         "examples": len(data),
         "choice": asdict(data.settings),
         "prior": objective.prior.config.to_dict(),
@@ -157,16 +204,10 @@ def _refuse_another_run(
 
 
 def _publisher(
-    settings: PriorSettings, objective: IPPriorObjective, data: TokenData
+    settings: PriorSettings, objective: IPPriorObjective, data: JointTokens, info: PriorInfo
 ) -> Callable[[int], None]:
     events = EventLog(settings.out / "log.jsonl", settings.out / "events")
-    choice, index = data.settings, data.index
-    info = PriorInfo(
-        objective.prior.config,
-        use_ref=choice.use_ref,
-        max_crops=choice.max_crops,
-        sketch_prob=choice.sketch_prob,
-    )
+    index = data.index
 
     def publish(step: int) -> None:
         """Called with the averaged weights in place."""
@@ -185,12 +226,22 @@ def _publisher(
 
 
 def _validator(
-    settings: Validation, objective: IPPriorObjective, check: TokenData, publish: Callable[[int], None]
+    settings: PriorSettings,
+    objective: IPPriorObjective,
+    check: JointTokens,
+    publish: Callable[[int], None],
+    previews: Previews | None,
 ) -> Callable[[int], dict[str, float]]:
+    often = settings.preview.every * settings.train.save_every
+
     def validate(step: int) -> dict[str, float]:
         publish(step)
-        if not len(check):
-            return {}
-        return flow_losses(objective.prior, check, bins=settings.bins, seed=settings.seed)
+        found: dict[str, float] = {}
+        if len(check):
+            how = settings.validation
+            found = flow_losses(objective.prior, check, bins=how.bins, seed=how.seed)
+        if previews is not None and (step % often == 0 or step == settings.train.steps):
+            found |= previews.make(objective.prior, settings.out / "previews" / f"step-{step:08d}.png")
+        return found
 
     return validate
