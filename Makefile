@@ -2,6 +2,7 @@
 #
 #   make demo     parts in, concepts out: a first run, with pictures to look at
 #   make test     the tests
+#   make test-scale    those on Ray, with the packages that they need (about 150 MB)
 #   make check    format, lint, types and import rules
 #   make bench    the benchmarks, in their quick form
 #   make clean    remove the environment and the tools' caches
@@ -29,7 +30,7 @@ TORCH_SOURCE += --force-reinstall
 .PHONY: $(READY)
 endif
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-scale check bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -38,6 +39,11 @@ demo: $(READY)
 # Two processes with one thread each beat one process with two threads, on tensors this small.
 test: $(READY)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
+
+# Once its packages are there, "make test" runs these tests, too.
+test-scale: $(READY)
+	@$(PY) -c "import pyarrow, ray.data" 2>/dev/null || $(INSTALL) -e ".[scale]"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_part_embed_ray.py
 
 check: $(READY)
 	$(PY) -m ruff format --check .
