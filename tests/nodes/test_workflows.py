@@ -77,6 +77,20 @@ def test_graphs_with_an_ip_lora_ship_with_its_file(tmp_path: Path, monkeypatch: 
         assert (str(lora.inputs["file"]) in FILES) == graph.full, name
 
 
+def test_the_graph_with_b4m_ships_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workflow_graphs, "WEIGHTS", tmp_path)
+    assert not [w.name for w in all_workflows() if w.name.startswith("10")]
+    (tmp_path / "b4m_join_1_1.safetensors").touch()
+    made = {w.name: w for w in all_workflows() if w.name.startswith("10")}
+    assert set(made) == {f"10_content_and_style_{kind}" for kind in ("miniature", "sdxl")}
+    for graph in made.values():
+        dials = [node for node in graph.nodes if node.kind == "PiTApplyB4M"]
+        assert {(n.inputs["content"], n.inputs["style"]) for n in dials} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+        for node in (each for each in graph.nodes if each.kind.endswith("B4M")):
+            assert set(node.inputs) == {entry["id"] for entry in NODES[node.kind]["inputs"]}
+        assert len(graph.files()) == (2 if graph.full else 0) and len(graph.note.splitlines()) == 3
+
+
 def test_it_is_a_file_of_the_page_not_of_the_api(file: File) -> None:
     assert file["version"] == 0.4
     assert isinstance(file["nodes"], list) and isinstance(file["links"], list)

@@ -19,6 +19,7 @@ PRIOR = "prior.ckpt"
 FLUX, FLUX_VAE = "flux1-dev.safetensors", "ae.safetensors"
 CLIP_L, T5 = "clip_l.safetensors", "t5xxl_fp16.safetensors"
 IN_A_SCENE, CHARACTER_SHEET = "pit_background_generation.safetensors", "pit_character_sheet.safetensors"
+ENTITY = "teddybear_yarn.safetensors"
 EXAMPLE = "example.png"  # comes with ComfyUI, so the drop-down always has it
 
 HUB = "https://huggingface.co"
@@ -65,6 +66,11 @@ FILES = {
         )
         for name in (IN_A_SCENE, CHARACTER_SHEET)
     },
+    ENTITY: File(
+        "loras",
+        "https://drive.google.com/drive/folders/1xlJyheBInkt26zDdlgh8mwrOMxtZkjvK",
+        "the file of the folder teddybear_yarn there, pytorch_lora_weights.safetensors: rename it",
+    ),
 }
 
 QUALITY = "best quality, high quality"
@@ -519,10 +525,11 @@ thumbnail is a concept of the miniature, before the last step."""
 
 def all_workflows() -> list[Workflow]:
     """Everything that ships, by name."""
-    from workflow_ip_lora import SHIPPED as WITH_IP_LORA  # made of the pieces above
+    from workflow_b4m import SHIPPED as WITH_B4M  # made of the pieces above
+    from workflow_ip_lora import SHIPPED as WITH_IP_LORA
 
     made = []
-    for each in (*SHIPPED, *WITH_IP_LORA):
+    for each in (*SHIPPED, *WITH_IP_LORA, *WITH_B4M):
         if each.weights and not (WEIGHTS / each.weights).is_file():
             continue
         if each.miniature:
