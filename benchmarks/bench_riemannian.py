@@ -92,12 +92,13 @@ def finished(device: torch.device, step: Callable[[], object]) -> Callable[[], N
 
 def operations_per_group(pairs: list[tuple]) -> float:
     """Of a step that takes all layers of a shape at once, as on a GPU."""
-    whole, riemannian.CPU_BATCH = riemannian.CPU_BATCH, sys.maxsize
+    whole, one_by_one = riemannian.CPU_BATCH, riemannian.ONE_BY_ONE
+    riemannian.CPU_BATCH, riemannian.ONE_BY_ONE = sys.maxsize, ()
     optimizer = RiemannianAdamW(pairs, damping=DAMPING)
-    riemannian.CPU_BATCH = whole
     optimizer.step()
     with Operations() as operations:
         optimizer.step()
+    riemannian.CPU_BATCH, riemannian.ONE_BY_ONE = whole, one_by_one
     return operations.count / len(LAYERS)
 
 

@@ -123,10 +123,13 @@ class OneAfterTheOther:
         parameter *= 1 - self.lr * self.decay
 
 
+@pytest.mark.parametrize("stacked", [False, True], ids=["one by one", "stacked"])
 @pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
 @pytest.mark.parametrize("kind", [RiemannianAdamW, RiemannianSGD])
-def test_batches_compute_what_one_layer_after_the_other_does(kind, relative, monkeypatch):
+def test_batches_compute_what_one_layer_after_the_other_does(kind, relative, stacked, monkeypatch):
     monkeypatch.setattr(riemannian, "CPU_BATCH", 2 * RANK * 12)  # two layers at once, so three alike need two
+    if stacked:  # as on a GPU
+        monkeypatch.setattr(riemannian, "ONE_BY_ONE", ())
     found, expected = layers(), layers()
     found[2]["c"].zero_(), expected[2]["c"].zero_()
     with torch.no_grad():  # one layer without any V: not preconditioned

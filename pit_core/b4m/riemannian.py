@@ -26,9 +26,11 @@ Member = Parameter | tuple[Tensor, Parameter]
 SMALL = 1e-6
 """A factor of this Frobenius norm or less does not precondition the other one."""
 
+ONE_BY_ONE = ("cpu",)
+"""Kinds of devices on which stacking the layers' factors costs more than one call for each of them."""
 
-CPU_BATCH = 1 << 19
-"""Numbers in one stack of factors on a CPU."""
+CPU_BATCH = 1 << 18
+"""Numbers that are updated at once on a CPU, so that they stay in its cache."""
 
 
 @dataclass
@@ -38,33 +40,55 @@ class _Factors:
     learnable: list[Parameter]
     frozen: list[Tensor]  # empty, or one for each layer
     rank_dim: int  # 0 for `down` (r, n), 1 for `up` (m, r)
+    room: Tensor | None  # (layers or more, ...) for results, where each layer is computed by itself
     fixed_gram: Tensor | None = None
 
-    def gram(self, kept: float) -> Tensor:
-        """V V^T or U^T U of each layer, (layers, r, r), with the learnable half times `kept`."""
-        if self.frozen and self.fixed_gram is None:  # they are frozen, so once is enough
-            rows = self._rows(self.frozen).to(self.learnable[0].device)
-            self.fixed_gram = rows @ rows.mT
-        rows = self._rows(self.learnable)
-        if self.fixed_gram is None:
-            return rows @ rows.mT if kept == 1 else kept**2 * (rows @ rows.mT)
-        return torch.baddbmm(self.fixed_gram, rows, rows.mT, alpha=kept**2)
+    @property
+    def rank(self) -> int:
+        return self.learnable[0].shape[self.rank_dim]
 
-    def _rows(self, tensors: Sequence[Tensor]) -> Tensor:
-        """(layers, r, n) of `down` or (layers, r, m) of `up`."""
-        return _stacked(tensors) if self.rank_dim == 0 else _stacked(tensors).mT
+    def gram(self, kept: float, out: Tensor) -> None:
+        """V V^T or U^T U of each layer with the learnable half times `kept`, into `out` (layers, r, r)."""
+        if self.frozen and self.fixed_gram is None:  # they are frozen, so once is enough
+            self.fixed_gram = torch.empty_like(out)
+            self._gram_of([half.to(out.device) for half in self.frozen], None, 1.0, self.fixed_gram)
+        self._gram_of(self.learnable, self.fixed_gram, kept**2, out)
+
+    def _gram_of(self, halves: Sequence[Tensor], more: Tensor | None, scale: float, out: Tensor) -> None:
+        """more + scale * (V V^T or U^T U) of each layer, into `out`."""
+        beta = 0 if more is None else 1
+        more = out if more is None else more
+        if self.room is None:
+            rows = self._rows(torch.stack(tuple(halves)))
+            torch.baddbmm(more, rows, rows.mT, beta=beta, alpha=scale, out=out)
+            return
+        for half, first, gram in zip(halves, more, out, strict=True):
+            rows = self._rows(half)
+            torch.addmm(first, rows, rows.mT, beta=beta, alpha=scale, out=gram)
+
+    def _rows(self, factor: Tensor) -> Tensor:
+        """(..., r, n) of `down` or (..., r, m) of `up`, at least in single precision."""
+        wide = _wide(factor)
+        return wide if self.rank_dim == 0 else wide.mT
 
     def preconditioned(self, inverses: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that have a gradient, and their gradients divided by the other factor's gram."""
         having = [i for i, parameter in enumerate(self.learnable) if parameter.grad is not None]
         if not having:
             return [], []
+        parameters: list[Tensor] = [self.learnable[i] for i in having]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         if len(having) < len(self.learnable):
             inverses = inverses[having]
-        parameters: list[Tensor] = [self.learnable[i] for i in having]
-        gradients = _stacked([p.grad for p in parameters if p.grad is not None])
-        product = inverses @ gradients if self.rank_dim == 0 else gradients @ inverses
-        return parameters, list(product.to(parameters[0].dtype).unbind())
+        if self.room is None:
+            return parameters, list(self._divided(inverses, torch.stack(gradients), None).unbind())
+        each = zip(inverses, gradients, self.room[: len(having)], strict=True)
+        return parameters, [self._divided(*one) for one in each]
+
+    def _divided(self, inverse: Tensor, gradient: Tensor, room: Tensor | None) -> Tensor:
+        wide = _wide(gradient)
+        factors = (inverse, wide) if self.rank_dim == 0 else (wide, inverse)
+        return torch.matmul(*factors, out=room).to(gradient.dtype)
 
 
 class _Riemannian(torch.optim.Optimizer):
@@ -111,24 +135,25 @@ class _Riemannian(torch.optim.Optimizer):
         """For each batch the damped inverses that `down` is multiplied by, and those for `up`."""
         group = self.param_groups[0]
         kept = self._kept(group)
-        grams = [gram for down, up in self._batches for gram in (up.gram(kept), down.gram(kept))]
-        inverses: list[Tensor] = [*grams]
+        partners = [factor for down, up in self._batches for factor in (up, down)]
+        inverses: dict[int, Tensor] = {}
         failures = []
-        for rank in {gram.shape[-1] for gram in grams}:  # usually one: then one factorisation for all layers
-            places = [i for i, gram in enumerate(grams) if gram.shape[-1] == rank]
-            inverse, info = _damped_inverse(
-                torch.cat([grams[i] for i in places]), group["damping"], group["relative"]
-            )
-            failures.append(info)
-            parts = inverse.split([len(grams[i]) for i in places])
-            for i, part in zip(places, parts, strict=True):
-                inverses[i] = part
-        if torch.cat(failures).any():
+        for kind in {_gram_kind(factor) for factor in partners}:  # usually one: one factorisation for all
+            places = [i for i, factor in enumerate(partners) if _gram_kind(factor) == kind]
+            counts = [len(partners[i].learnable) for i in places]
+            rank, dtype, device = kind
+            grams = torch.empty(sum(counts), rank, rank, dtype=dtype, device=device)
+            for i, part in zip(places, grams.split(counts), strict=True):
+                partners[i].gram(kept, part)
+            inverse, info = _damped_inverse(grams, group["damping"], group["relative"])
+            failures.append(info.any())
+            inverses |= dict(zip(places, inverse.split(counts), strict=True))
+        if any(failures):
             raise PitError(
                 f"The factors cannot be inverted at damping {group['damping']:g}: take a larger one, and "
                 "look for NaN or infinite weights."
             )
-        return list(zip(inverses[::2], inverses[1::2], strict=True))
+        return [(inverses[i], inverses[i + 1]) for i in range(0, len(partners), 2)]
 
     def _kept(self, group: dict[str, Any]) -> float:
         """What is left of the learnable halves when the preconditioners are formed."""
@@ -225,22 +250,33 @@ class RiemannianAdamW(_Riemannian):
 
 
 def _damped_inverse(grams: Tensor, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
-    """(gram + damping I)^-1 of (layers, r, r), identity where the factor is all but zero; and what failed."""
+    """(gram + damping I)^-1 of (layers, r, r), identity where the factor is all but zero; and what failed.
+
+    Overwrites the grams.
+    """
     rank = grams.shape[-1]
-    trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    identity = torch.eye(rank, dtype=grams.dtype, device=grams.device)
-    damped = grams + identity * (damping * trace / rank if relative else damping)
-    damped = torch.where(trace <= SMALL**2, identity, damped)  # the trace is the factor's squared norm
-    root, info = torch.linalg.cholesky_ex(damped)
+    diagonal = grams.diagonal(dim1=-2, dim2=-1)
+    trace = diagonal.sum(-1, keepdim=True)
+    nothing = trace <= SMALL**2  # the trace is the factor's squared norm
+    diagonal.add_(damping * trace / rank if relative else damping)
+    diagonal.masked_fill_(nothing, 1.0)  # what is beside it is below rounding
+    root, info = torch.linalg.cholesky_ex(grams)
     if root.device.type == "cpu":  # faster there, but on a GPU it may go matrix by matrix
         return torch.cholesky_inverse(root), info
+    identity = torch.eye(rank, dtype=grams.dtype, device=grams.device)
     inverse_root = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
     return inverse_root.mT @ inverse_root, info
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    stacked = torch.stack(tuple(tensors))
-    return stacked if stacked.dtype == torch.float64 else stacked.float()
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _gram_kind(factor: _Factors) -> tuple[int, torch.dtype, torch.device]:
+    """Rank, dtype and device of a factor's grams."""
+    first = factor.learnable[0]
+    wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+    return factor.rank, wide, first.device
 
 
 def _learnable(member: Member) -> Parameter:
@@ -253,8 +289,23 @@ def _batches(pairs: Sequence[tuple[Member, Member]]) -> list[tuple[_Factors, _Fa
         _check(number, down, up)
         key = tuple(_kind(member) for member in (down, up))
         groups.setdefault(key, []).append((down, up))
-    batches = (batch for group in groups.values() for batch in _small_enough(group))
-    return [(_factors([d for d, _ in batch], 0), _factors([u for _, u in batch], 1)) for batch in batches]
+    return [batch for group in groups.values() for batch in _batches_of_one_kind(_small_enough(group))]
+
+
+def _batches_of_one_kind(batches: list[list[tuple[Member, Member]]]) -> list[tuple[_Factors, _Factors]]:
+    """Batches share the room for their results: on a CPU fresh memory costs more than writing there."""
+    most = max(map(len, batches))
+    down, up = (_room(_learnable(member), most) for member in batches[0][0])
+    return [
+        (_factors([d for d, _ in batch], 0, down), _factors([u for _, u in batch], 1, up))
+        for batch in batches
+    ]
+
+
+def _room(parameter: Parameter, layers: int) -> Tensor | None:
+    if parameter.device.type not in ONE_BY_ONE:
+        return None
+    return _wide(parameter.detach()).new_empty(layers, *parameter.shape)
 
 
 def _small_enough(group: list[tuple[Member, Member]]) -> list[list[tuple[Member, Member]]]:
@@ -272,9 +323,9 @@ def _kind(member: Member) -> tuple[Any, ...]:
     return frozen, learnable.shape, learnable.dtype, learnable.device
 
 
-def _factors(members: Sequence[Member], rank_dim: int) -> _Factors:
+def _factors(members: Sequence[Member], rank_dim: int, room: Tensor | None) -> _Factors:
     frozen = [member[0] for member in members if isinstance(member, tuple)]
-    return _Factors([_learnable(member) for member in members], frozen, rank_dim)
+    return _Factors([_learnable(member) for member in members], frozen, rank_dim, room)
 
 
 def _check(number: int, down: Member, up: Member) -> None:
