@@ -95,6 +95,28 @@ def scenes(
     typer.echo(table.table(rows))
 
 
+@app.command("b4m")
+@plain_errors
+def b4m(
+    weights: Annotated[Path, typer.Option(help="Folder with b4m_content_1.safetensors and the others.")],
+    pair: Annotated[
+        list[str],
+        typer.Option(help="Content-style, such as 1-2; all six by default.", show_default=False),
+    ] = [],  # noqa: B006 - typer reads it, nobody changes it
+    count: Annotated[int, typer.Option(help="Pictures of each pair and method.")] = 100,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the tables and pictures.", show_default=False)
+    ] = None,
+) -> None:
+    """A critter in a surface style, in new scenes: B4M spliced and joined against ordinary LoRAs."""
+    from ..evaluate import b4m as table
+
+    pairs = [table.parse_pair(each) for each in pair] or table.PAIRS
+    rows = table.run(*_measured(), weights, pairs=pairs, count=count, seed=seed, out=out, progress=_say)
+    typer.echo(table.table(rows))
+
+
 def _measured() -> tuple[Stack, Module]:
     """The miniature, and the reader that judges its pictures."""
     from ..miniature.models import load_reader, load_stack
