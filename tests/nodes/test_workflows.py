@@ -17,6 +17,7 @@ NODES = json.loads(Path(__file__).with_name("schema.json").read_text("utf-8"))
 GRAPHS = {workflow.name: workflow for workflow in all_workflows()}
 WIDGETS = {"COMBO", "INT", "FLOAT", "STRING", "BOOLEAN"}
 NOTE = "MarkdownNote"
+FAMILIES = ("_miniature", "_sdxl", "_flux")
 TITLE_BAR = 30
 
 File = dict[str, Any]
@@ -47,17 +48,17 @@ def test_every_graph_is_shipped_and_nothing_else() -> None:
 
 
 def test_every_workflow_has_a_miniature_twin_but_the_one_with_flux() -> None:
-    kinds = {kind: {n[: -len(kind)] for n in GRAPHS if n.endswith(kind)} for kind in ("_miniature", "_sdxl")}
+    kinds = {kind: {n[: -len(kind)] for n in GRAPHS if n.endswith(kind)} for kind in FAMILIES}
     assert kinds["_sdxl"] - kinds["_miniature"] == {"06_refined_by_flux"}
-    assert kinds["_miniature"] <= kinds["_sdxl"]
+    assert kinds["_miniature"] <= kinds["_sdxl"] | kinds["_flux"]
 
 
 def test_twins_differ_in_their_models_and_pictures_alone() -> None:
     given = {"PiTMiniatureSDXL", "ImageFromBatch", "PreviewImage"}
     loaders = {"CheckpointLoaderSimple", "CLIPVisionLoader", "LoadImage"}
     for name, graph in GRAPHS.items():
-        if name.endswith("_miniature"):
-            twin = GRAPHS[name.replace("_miniature", "_sdxl")]
+        twin = GRAPHS.get(name.replace("_miniature", "_sdxl"))
+        if twin and not graph.full:
             kinds = [n.kind for n in graph.nodes if n.kind not in given]
             assert kinds == [n.kind for n in twin.nodes if n.kind not in loaders], name
 
@@ -89,6 +90,29 @@ def test_the_graph_with_b4m_ships_with_its_file(tmp_path: Path, monkeypatch: pyt
         for node in (each for each in graph.nodes if each.kind.endswith("B4M")):
             assert set(node.inputs) == {entry["id"] for entry in NODES[node.kind]["inputs"]}
         assert len(graph.files()) == (2 if graph.full else 0) and len(graph.note.splitlines()) == 3
+
+
+def test_twins_with_a_diptych_differ_in_their_models_pictures_and_masks_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workflow_graphs, "WEIGHTS", tmp_path)
+    diptychs = [w.name for w in all_workflows() if "diptych" in w.name]
+    assert [name[:2] for name in diptychs] == ["11", "11", "12", "13", "14"]  # without the twins' weights
+    (tmp_path / "flux_fill").mkdir()
+    (tmp_path / "flux_fill/diffusion_pytorch_model.safetensors").touch()
+    made = {w.name: w for w in all_workflows() if "diptych" in w.name}
+    twins = {name: graph for name, graph in made.items() if not graph.full}
+    assert set(twins) == {"12_diptych_fill_miniature", "14_diptych_edit_miniature"}
+    given = {"PiTMiniatureFlux", "PiTMiniatureSDXL", "ImageFromBatch", "PreviewImage"}
+    given |= {"SolidMask", "MaskComposite", "InvertMask"}
+    loaders = {"UNETLoader", "DualCLIPLoader", "VAELoader", "LoadImage"}
+    for name, graph in twins.items():
+        full = made[name.replace("_miniature", "_flux")]
+        kinds, others = ([n.kind for n in w.nodes if n.kind not in given | loaders] for w in (graph, full))
+        assert kinds == others and graph.files() == []
+        for node in (each for each in graph.nodes if each.kind.startswith("PiTDiptych")):
+            known = {entry["id"] for entry in NODES[node.kind]["inputs"]}
+            assert set(node.inputs) <= known and len(known - set(node.inputs)) <= 3
 
 
 def test_it_is_a_file_of_the_page_not_of_the_api(file: File) -> None:

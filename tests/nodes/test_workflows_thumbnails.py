@@ -6,7 +6,16 @@ import pytest
 from PIL import Image
 from workflow_graphs import all_workflows
 from workflow_server import FOLDER
-from workflow_thumbnails import BEFORE_FLUX, BY_MINIATURE, RESULT, SIDE, caption_of, compose, source_of
+from workflow_thumbnails import (
+    BEFORE_FLUX,
+    BY_MINIATURE,
+    GIVEN_TO_FLUX,
+    RESULT,
+    SIDE,
+    caption_of,
+    compose,
+    source_of,
+)
 
 GRAPHS = {workflow.name: workflow for workflow in all_workflows()}
 BYTES = 100_000
@@ -37,7 +46,8 @@ def test_it_says_whose_pictures_it_shows() -> None:
     assert captions["04_regions_miniature"] == ("04_regions_miniature", "")
     assert captions["04_regions_sdxl"] == ("04_regions_miniature", BY_MINIATURE)
     assert captions["06_refined_by_flux_sdxl"] == ("01_first_concept_miniature", BEFORE_FLUX)
-    assert all(not GRAPHS[source].full for source, _ in captions.values())
+    assert captions["11_diptych_subject_flux"] == (None, GIVEN_TO_FLUX)
+    assert all(not GRAPHS[source].full for source, _ in captions.values() if source)
 
 
 def test_what_went_in_is_left_of_what_came_out() -> None:

@@ -18,6 +18,8 @@ ADAPTER = "ip-adapter-plus_sdxl_vit-h.safetensors"
 PRIOR = "prior.ckpt"
 FLUX, FLUX_VAE = "flux1-dev.safetensors", "ae.safetensors"
 CLIP_L, T5 = "clip_l.safetensors", "t5xxl_fp16.safetensors"
+FILL, T5_SMALL = "flux1-fill-dev.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors"
+CONTROLNET = "flux1-dev-inpainting-alimama-beta.safetensors"
 IN_A_SCENE, CHARACTER_SHEET = "pit_background_generation.safetensors", "pit_character_sheet.safetensors"
 ENTITY = "teddybear_yarn.safetensors"
 EXAMPLE = "example.png"  # comes with ComfyUI, so the drop-down always has it
@@ -53,6 +55,18 @@ FILES = {
         f"{HUB}/Comfy-Org/flux1-dev/resolve/main/{FLUX}",
         "mind its non-commercial licence",
     ),
+    FILL: File(
+        "diffusion_models",
+        f"{HUB}/black-forest-labs/FLUX.1-Fill-dev/resolve/main/{FILL}",
+        "mind its non-commercial licence, which has to be accepted there",
+    ),
+    CONTROLNET: File(
+        "controlnet",
+        f"{HUB}/alimama-creative/FLUX.1-dev-Controlnet-Inpainting-Beta/resolve/main/"
+        "diffusion_pytorch_model.safetensors",
+        "which comes as diffusion_pytorch_model.safetensors: rename it",
+    ),
+    T5_SMALL: File("text_encoders", f"{TEXT_ENCODERS}/{T5_SMALL}"),
     CLIP_L: File("text_encoders", f"{TEXT_ENCODERS}/{CLIP_L}"),
     T5: File("text_encoders", f"{TEXT_ENCODERS}/{T5}"),
     FLUX_VAE: File(
@@ -100,11 +114,15 @@ class Node:
 
 @dataclass
 class Workflow:
-    """A graph in groups, what its note says (Markdown), and whether it is drawn for full-size files."""
+    """A graph in groups, what its note says (Markdown), and whether it is drawn for full-size files.
+
+    wiring: what the note on files says of what was run, where it is not the usual.
+    """
 
     name: str
     note: str
     full: bool
+    wiring: str = ""
     groups: dict[str, list[Node]] = field(default_factory=dict)
 
     @property
@@ -417,7 +435,8 @@ def slider(w: Workflow) -> None:
 class Shipped:
     """A workflow: the lines of its note for the miniature (None: no such twin) and for full-size files.
 
-    weights: a file of the miniature's without which neither is shipped.
+    weights: a file of the miniature's without which neither is shipped; twin_weights: without which its twin
+    is not. files: the family of the full-size files. wiring: what its note says of what was run.
     """
 
     name: str
@@ -425,6 +444,9 @@ class Shipped:
     miniature: tuple[str, str, str] | None
     full: tuple[str, str, str]
     weights: str | None = None
+    twin_weights: str | None = None
+    files: str = "sdxl"
+    wiring: str = ""
 
 
 OTHER_PARTS = "Other parts: change **batch_index**; the preview shows the samples, numbered from 0."
@@ -526,21 +548,26 @@ thumbnail is a concept of the miniature, before the last step."""
 def all_workflows() -> list[Workflow]:
     """Everything that ships, by name."""
     from workflow_b4m import SHIPPED as WITH_B4M  # made of the pieces above
+    from workflow_diptych import SHIPPED as WITH_DIPTYCH
     from workflow_ip_lora import SHIPPED as WITH_IP_LORA
 
     made = []
-    for each in (*SHIPPED, *WITH_IP_LORA, *WITH_B4M):
-        if each.weights and not (WEIGHTS / each.weights).is_file():
+    for each in (*SHIPPED, *WITH_IP_LORA, *WITH_B4M, *WITH_DIPTYCH):
+        if not _is_there(each.weights):
             continue
-        if each.miniature:
+        if each.miniature and _is_there(each.twin_weights):
             made.append(_built(each, each.miniature, full=False))
         made.append(_built(each, each.full, full=True))
     return made
 
 
+def _is_there(weights: str | None) -> bool:
+    return weights is None or (WEIGHTS / weights).is_file()
+
+
 def _built(shipped: Shipped, lines: tuple[str, str, str], full: bool) -> Workflow:
     note = "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
-    w = Workflow(f"{shipped.name}_{'sdxl' if full else 'miniature'}", note, full)
+    w = Workflow(f"{shipped.name}_{shipped.files if full else 'miniature'}", note, full, shipped.wiring)
     shipped.build(w)
     return w
 
@@ -554,5 +581,5 @@ def files_note(w: Workflow) -> str:
         f"- **models/{file.folder}**: [{name}]({file.url}){', ' + file.remark if file.remark else ''}"
         for name, file in files
     ]
-    said = " ".join((FLUX_WIRING if FLUX in w.files() else WIRING).split())
+    said = " ".join((w.wiring or (FLUX_WIRING if FLUX in w.files() else WIRING)).split())
     return "\n".join([*rows, "", said])

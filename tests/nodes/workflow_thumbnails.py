@@ -2,8 +2,9 @@
 
     python tests/nodes/workflow_thumbnails.py [NAME ...]
 
-A full-size workflow gets its miniature twin's pictures, and the one with Flux those that it would start from;
-both say so. Needs a ComfyUI and the miniature's trained weights. Without names all are made.
+A full-size workflow gets its miniature twin's pictures, the one with Flux those that it would start from, and
+one with a diptych, where no twin is there, the canvas that Flux is given; all say so. Needs a ComfyUI and the
+miniature's trained weights. Without names all are made.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+from workflow_canvas import canvas_of
 from workflow_graphs import FLUX, Workflow, all_workflows
 from workflow_server import FOLDER, WorkflowServer, missing_weights, serving, some_host
 
 SIDE, TILE, RESULT = 512, 120, 384  # pixels: the thumbnail, a picture that went in, what came out
 INK = (70, 70, 80)
 BY_MINIATURE, BEFORE_FLUX = "drawn by the miniature", "drawn by the miniature, before Flux"
+GIVEN_TO_FLUX = "what Flux is given"
 FLUX_STARTS_FROM = "01_first_concept_miniature"
 
 Pictures = list[Image.Image]
@@ -36,24 +39,39 @@ def main(names: Sequence[str]) -> None:
     chosen = {w.name: w for w in all_workflows() if not names or w.name in names}
     graphs = {w.name: w for w in all_workflows()}
     made: dict[str, tuple[Pictures, Pictures]] = {}
+    for name in [name for name, workflow in chosen.items() if source_of(workflow) is None]:
+        _save(name, compose(*canvas_of(name), GIVEN_TO_FLUX))
+        del chosen[name]
+    if not chosen:
+        return
     with tempfile.TemporaryDirectory() as folder, serving(some_host(), Path(folder)) as server:
         for name, workflow in chosen.items():
-            source = source_of(workflow)
+            source = str(source_of(workflow))
             if source not in made:
                 made[source] = pictures_of(server, graphs[source])
-            path = FOLDER / f"{name}.jpg"
-            compose(*made[source], caption_of(workflow)).save(path, quality=88, optimize=True)
-            print(path.name)  # noqa: T201
+            _save(name, compose(*made[source], caption_of(workflow)))
 
 
-def source_of(workflow: Workflow) -> str:
-    """The workflow of the miniature whose pictures are shown."""
+def _save(name: str, thumbnail: Image.Image) -> None:
+    thumbnail.save(FOLDER / f"{name}.jpg", quality=88, optimize=True)
+    print(f"{name}.jpg")  # noqa: T201
+
+
+def source_of(workflow: Workflow) -> str | None:
+    """The workflow of the miniature whose pictures are shown; None where there is none."""
+    if workflow.name.endswith("_flux"):
+        twin = workflow.name.replace("_flux", "_miniature")
+        return twin if twin in {w.name for w in all_workflows()} else None
     if FLUX in workflow.files():
         return FLUX_STARTS_FROM
     return workflow.name.replace("_sdxl", "_miniature")
 
 
 def caption_of(workflow: Workflow) -> str:
+    if source_of(workflow) is None:
+        return GIVEN_TO_FLUX
+    if workflow.full and workflow.name.endswith("_flux"):
+        return BY_MINIATURE
     if FLUX in workflow.files():
         return BEFORE_FLUX
     return BY_MINIATURE if workflow.full else ""
