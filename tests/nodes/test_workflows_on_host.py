@@ -86,7 +86,8 @@ def _count(graph: Workflow) -> int:
     """How many pictures are saved: as many as were drawn, or one sheet of them."""
     if any(node.kind == "PiTSweepGrid" for node in graph.nodes):
         return 1
-    return next(node.inputs["batch_size"] for node in graph.nodes if node.kind == "EmptyLatentImage")
+    sizes = (node.inputs["batch_size"] for node in graph.nodes if node.kind == "EmptyLatentImage")
+    return next(sizes, 1)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
