@@ -2,8 +2,8 @@
 
     python benchmarks/bench_diptych.py [--quick] [--device cuda] [--heads 4] [--dtype float32]
 
-Without --dtype it is bfloat16 on a GPU and float32 on a CPU: many CPUs have no bfloat16 arithmetic, and there the
-dense form takes an order of magnitude longer, so that the ratio to it says nothing.
+Without --dtype it is bfloat16 on a GPU and float32 on a CPU: many CPUs have no bfloat16 arithmetic, and
+there the dense form takes an order of magnitude longer, so that the ratio to it says nothing.
 
 Memory is what a call needs on top of its inputs: torch's own count on CUDA, elsewhere the largest sum of
 tensors alive at once, without what kernels use inside. It is printed at half the tokens too: linear is twice.
