@@ -13,18 +13,16 @@ import pytest
 import tiny_stack
 import torch
 import yaml
-from diffusers import UNet2DConditionModel
 from lora_files import sdxl_shapes, unet_shapes
 from PIL import Image
+from sdxl_on_meta import sdxl_on_meta
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pit_core.cli import main
 from pit_core.errors import PitError
 from pit_core.files import load_tensors
-from pit_core.ip_adapter.adapter import new_ip_adapter
 from pit_core.ip_adapter.processor import install_ip_adapter
-from pit_core.ip_adapter.resampler import ImageProjection
 from pit_core.lora.formats import kind_of, load_lora, match_report, patched_weights
 from pit_core.lora.ip_deltas import apply_ip_deltas, ip_layers
 from pit_core.train.buckets import BySize, bucket_sizes, nearest_size
@@ -404,21 +402,7 @@ def test_the_saved_file_changes_every_layer_as_the_trained_lora_does(
 
 def test_a_full_size_sdxl_gets_the_layers_and_the_size_of_the_published_file() -> None:
     """560 layers, 92.9 million numbers; on the meta device, where weights take neither time nor memory."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-            use_linear_projection=True,
-        )
-        adapter = new_ip_adapter(unet, ImageProjection(1280, 2048, 4))
+    unet, adapter = sdxl_on_meta()
     lora = IPLoRAObjective(unet, adapter, alphas_cumprod=torch.ones(1)).lora()
     shapes = {module: layer.shape for module, layer in lora.layers.items()}
     assert shapes == sdxl_shapes() and len(shapes) == 560

@@ -10,20 +10,6 @@ from benches import Bench, RealBench, lora_tensors
 from torch import Tensor
 
 LAYOUTS = ["released", "b4m", "peft", "processor", "kohya"]
-SDXL = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [320, 640, 1280],
-    "layers_per_block": 2,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "projection_class_embeddings_input_dim": 2816,
-    "norm_num_groups": 32,
-}
-"""diffusers' words for SDXL itself."""
 
 
 @pytest.fixture(scope="module")
@@ -320,12 +306,7 @@ def sdxl(bench: Bench) -> Any:
     """The host's model of SDXL, its keys and shapes without their numbers."""
     if not isinstance(bench, RealBench):
         pytest.skip("runs in ComfyUI itself")
-    import comfy.model_management
-
-    with pytest.MonkeyPatch.context() as patch:
-        meta = torch.device("meta")
-        patch.setattr(comfy.model_management, "unet_offload_device", lambda: meta)
-        return bench.host.empty_sdxl(SDXL)[0]
+    return bench.sdxl()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
