@@ -378,6 +378,14 @@ def test_refuses_a_batch_that_does_not_divide_and_an_empty_set(tmp_path: Path) -
         {"precision": "fp8"},
         {"lr": math.nan},
         {"ema_decay": 1},
+        {"warmup": -3},
+        {"final_lr": -0.1},
+        {"weight_decay": -1.0},
+        {"grad_clip": -1.0},
+        {"seed": -1},
+        {"workers": -1},
+        {"betas": (1.5, 0.9)},
+        {"betas": (0.9,)},
     ],
 )
 def test_refuses_settings_out_of_range(wrong: dict[str, Any]) -> None:
@@ -399,6 +407,34 @@ def test_validates_with_the_averaged_weights_and_puts_the_others_back(tmp_path: 
     run(tmp_path / "without")
     assert largest_difference(saved(tmp_path), saved(tmp_path / "without")) == 0
     assert log(tmp_path)[-1]["score"] == 1.0
+
+
+def test_a_validation_that_fails_costs_no_steps(tmp_path: Path) -> None:
+    def validate(step: int) -> dict[str, float]:
+        raise torch.OutOfMemoryError("too large a preview")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tmp_path, replace(CONFIG, save_every=3), validate=validate)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000003"
+    run(tmp_path, replace(CONFIG, save_every=3))
+    run(tmp_path / "without")
+    assert largest_difference(saved(tmp_path), saved(tmp_path / "without")) == 0
+
+
+class Signs(Numbers):
+    """Numbers of which a whole step has the sign that its first index decides on."""
+
+    def of_step(self, first: Item) -> Numbers:
+        signed = Numbers(self.length)
+        sign = 1.0 if first[1] % 2 else -1.0
+        signed.fetch = lambda items: {"x": sign * self.fetch(items)["x"].abs()}  # type: ignore[method-assign]
+        return signed
+
+
+def test_what_a_step_has_in_common_does_not_depend_on_its_parts(tmp_path: Path) -> None:
+    run(tmp_path / "whole", data=Signs())
+    run(tmp_path / "parts", replace(CONFIG, accumulate=4), data=Signs())
+    assert largest_difference(saved(tmp_path / "whole"), saved(tmp_path / "parts")) < 1e-6
 
 
 def test_another_precision_may_follow_in_the_same_process(tmp_path: Path) -> None:

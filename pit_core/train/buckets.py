@@ -38,10 +38,11 @@ def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
 
 
 class BySize:
-    """Several data sets as one whose batches come from one of them each, so that sizes are never mixed.
+    """Several data sets as one whose steps come from one of them each, so that sizes are never mixed.
 
-    The first example of a batch decides on the set; an example of another one is replaced by one of this set,
-    drawn by (epoch, index) alone. So on average each is seen equally often, and a resumed run sees the same.
+    The first example of a step decides on the set; an example of another one is replaced by one of this set,
+    drawn by (epoch, index) alone. So on average each is seen equally often, and a resumed run sees the same,
+    on any number of processes.
     """
 
     def __init__(self, sets: Sequence[Data]) -> None:
@@ -51,12 +52,27 @@ class BySize:
     def __len__(self) -> int:
         return len(self.places)
 
-    def fetch(self, items: Sequence[Item]) -> Any:
-        chosen = self.places[items[0][1]][0]
-        return self.sets[chosen].fetch([(epoch, self._row(chosen, epoch, index)) for epoch, index in items])
+    def of_step(self, first: Item) -> Data:
+        return _OneSize(self, self.places[first[1]][0])
 
-    def _row(self, chosen: int, epoch: int, index: int) -> int:
-        number, row = self.places[index]
-        if number == chosen:
-            return row
-        return random.Random(f"{epoch} {index}").randrange(len(self.sets[chosen]))
+    def fetch(self, items: Sequence[Item]) -> Any:
+        """A step of its own."""
+        return self.of_step(items[0]).fetch(items)
+
+
+class _OneSize:
+    """The whole with all examples taken from one of its sets."""
+
+    def __init__(self, whole: BySize, chosen: int) -> None:
+        self.whole, self.chosen = whole, chosen
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def fetch(self, items: Sequence[Item]) -> Any:
+        own = self.whole.sets[self.chosen]
+        return own.fetch([(epoch, self._row(epoch, index, len(own))) for epoch, index in items])
+
+    def _row(self, epoch: int, index: int, length: int) -> int:
+        number, row = self.whole.places[index]
+        return row if number == self.chosen else random.Random(f"{epoch} {index}").randrange(length)

@@ -61,7 +61,7 @@ class Previews:
         """Write the sheet. A picture that cannot be drawn is a warning: it is no reason to end a training."""
         try:
             rows = [self._row(shown, self.settings.seed + n) for n, shown in enumerate(self.shown)]
-        except PitError as error:
+        except (PitError, OSError, RuntimeError) as error:  # too little memory among them
             warnings.warn(f"There is no preview {path.name}: {error}", stacklevel=2)
             return
         save_png(contact_sheet(rows, columns=3), path)

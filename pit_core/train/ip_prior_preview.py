@@ -89,7 +89,7 @@ class Previews:
         try:
             save_png(self._sheet(prior), path)
             return self.decoder.measure(prior, self.info)
-        except PitError as error:
+        except (PitError, OSError, RuntimeError) as error:  # too little memory among them
             warnings.warn(f"There is no preview {Path(path).name}: {error}", stacklevel=2)
             return {}
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,11 @@ class LoopConfig:
             raise PitError(f"ema_decay must lie in [0, 1), got {self.ema_decay}.")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise PitError(f"lr must be a positive number, got {self.lr}.")
+        for name in ("warmup", "final_lr", "weight_decay", "grad_clip", "seed", "workers"):
+            if not (0 <= getattr(self, name) < math.inf):
+                raise PitError(f"{name} must be zero or a positive number, got {getattr(self, name)}.")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise PitError(f"betas must be two numbers in [0, 1), got {list(self.betas)}.")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step (counted from 0)."""
@@ -83,6 +88,16 @@ class Data(Protocol):
 
     def fetch(self, items: Sequence[Item]) -> Any:
         """The batch of these (epoch, index) items; must depend on nothing else that changes."""
+        ...
+
+
+@runtime_checkable
+class StepData(Protocol):
+    """A data set that gives all of a step's examples something in common, such as their size."""
+
+    def of_step(self, first: Item) -> Data:
+        """What a whole step is fetched from, whichever process and part of it asks; ``first`` is its first
+        item."""
         ...
 
 
@@ -170,8 +185,12 @@ class _Batches(Dataset[Any]):
         step, part = divmod(number, self.config.accumulate)
         rows = _rows(self.config, part, self.rank, self.world)
         start = step * self.config.batch_size
+        seed, length = self.config.seed, len(self.data)
+        data = self.data
+        if isinstance(data, StepData):
+            data = data.of_step(_item(seed, start, length))
         positions = range(start + rows.start, start + rows.stop)
-        return self.data.fetch([_item(self.config.seed, place, len(self.data)) for place in positions])
+        return data.fetch([_item(seed, place, length) for place in positions])
 
 
 def _rows(config: LoopConfig, part: int, rank: int, world: int) -> slice:
@@ -207,7 +226,7 @@ def train(
 ) -> Result:
     """Train until ``config.steps``, resuming from the newest checkpoint in ``out``.
 
-    ``validate`` is called at every save, with the averaged (EMA) weights in place. Ctrl-C or ``max_seconds``
+    ``validate`` is called after every save, with the averaged (EMA) weights in place. Ctrl-C or ``max_seconds``
     saves and returns with ``finished=False``. At the end the objective holds the averaged weights.
 
     Raises PitError when the batch does not divide over the processes, when the checkpoint belongs to other
@@ -274,12 +293,15 @@ def train(
     def save_now() -> None:
         copies = fsdp.gather(named, ema, optimizer, keep=accelerator.is_main_process)
         if accelerator.is_main_process:
-            metrics = dict(losses)
+            saved = _save(out, step, copies, ema.optimization_step, accelerator.scaler, config, losses)
+            found: dict[str, float] = {}
+            # Only now, so that whatever befalls the validation costs no steps.
             if validate and sharding:
-                metrics |= _with_copies(objective, copies.averages, validate, step, accelerator.device)
+                found = _with_copies(objective, copies.averages, validate, step, accelerator.device)
             elif validate:
-                metrics |= _with_average(ema, named, objective, validate, step)
-            _save(out, step, copies, ema.optimization_step, accelerator.scaler, config, metrics)
+                found = _with_average(ema, named, objective, validate, step)
+            _note(saved, found)
+            _log(out, step, {"saved": 1.0, **losses, **found})
         accelerator.wait_for_everyone()
 
     with _prepared(accelerator, objective), _interrupt_flag() as interrupted:
@@ -495,7 +517,7 @@ def _save(
     scaler: Any,
     config: LoopConfig,
     metrics: dict[str, float],
-) -> None:
+) -> Path:
     folder = out / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     for broken_off in folder.glob(".writing-*"):
@@ -519,9 +541,16 @@ def _save(
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    _log(out, step, {"saved": 1.0, **metrics})
     for old in _complete(folder)[: -config.keep]:
         shutil.rmtree(old)
+    return folder / f"step-{step:08d}"
+
+
+def _note(checkpoint: Path, found: dict[str, float]) -> None:
+    """Add a validation's figures to a checkpoint's own."""
+    state = _state(checkpoint)
+    state["metrics"] |= found
+    write_text_atomic(checkpoint / "state.json", json.dumps(state, indent=1))
 
 
 def _put(work: Path, target: Path) -> None:
