@@ -129,9 +129,11 @@ def parse_pair(text: str) -> Pair:
 
 
 def _check_pairs(pairs: Sequence[Pair]) -> None:
-    if wrong := [pair for pair in pairs if pair not in PAIRS] or ([] if pairs else [()]):
+    wrong = [f"{content}-{style}" for content, style in pairs if (content, style) not in PAIRS]
+    if wrong or not pairs:
         known = ", ".join(f"{content}-{style}" for content, style in PAIRS)
-        raise PitError(f"Expected pairs of a content and a style out of {known}, got {wrong[0]}.")
+        got = wrong[0] if wrong else "none"
+        raise PitError(f"Expected pairs of a content and a style out of {known}, got {got}.")
 
 
 def _sources(folder: Path, content: int, style: int) -> dict[str, Source]:
