@@ -24,7 +24,9 @@ def scene_from_text(w: Workflow) -> None:
 
 
 def character_sheet(w: Workflow) -> None:
-    _drawn(w, CHARACTER_SHEET if w.full else "miniature: sheet", SHEET, "character_sheet")
+    # The miniature reads 38 words and was trained on those; more would make ComfyUI add a second text.
+    text = SHEET if w.full else SHEET.removesuffix(" of the object")
+    _drawn(w, CHARACTER_SHEET if w.full else "miniature: sheet", text, "character_sheet")
 
 
 def _drawn(w: Workflow, file: str, text: str, prefix: str) -> None:
