@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,14 +61,20 @@ class Previews:
         self.scheduler = sampling_scheduler(base)
 
     def draw(self, path: Path) -> None:
-        """Write the sheet, a row for each prompt; with a count of 0 nothing."""
+        """Write the sheet, a row for each prompt; with a count of 0 nothing.
+
+        A picture that cannot be drawn is a warning: it is no reason to end a training.
+        """
         if not self.settings.count:
             return
         self.objective.draws_alone()
-        pipe = pipe_without_text(self.objective.unet, self.vae, self.scheduler)
-        pipe.set_progress_bar_config(disable=True)
-        rows = [self._row(pipe, number, prompt) for number, prompt in enumerate(self.prompts)]
-        save_png(contact_sheet(rows, columns=max(2, self.settings.count)), path)
+        try:
+            pipe = pipe_without_text(self.objective.unet, self.vae, self.scheduler)
+            pipe.set_progress_bar_config(disable=True)
+            rows = [self._row(pipe, number, prompt) for number, prompt in enumerate(self.prompts)]
+            save_png(contact_sheet(rows, columns=max(2, self.settings.count)), path)
+        except (PitError, OSError, RuntimeError) as error:  # too little memory among them
+            warnings.warn(f"There is no preview {path.name}: {error}", stacklevel=2)
 
     def _row(self, pipe: Any, number: int, prompt: str) -> SheetRow:
         settings = self.settings
