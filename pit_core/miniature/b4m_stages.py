@@ -122,7 +122,8 @@ def b4m_objective(out: Path, run: Run) -> Objective:
             unet, adapter, role=role, alphas_cumprod=alphas, other_lr_scale=OTHER_LR, snr_limit=SNR_LIMIT
         )
     if run.method == "join":
-        adapter = SplitAdapter(splice(*(trained_b4m(out, parent) for parent in run.parents)), BASIS_SEED)
+        content, style = (trained_b4m(out, parent) for parent in run.parents)
+        adapter = SplitAdapter(splice(content, style), BASIS_SEED)
         return B4MObjective(
             unet, adapter, role="entity", alphas_cumprod=alphas, damping=DAMPING, snr_limit=SNR_LIMIT
         )
