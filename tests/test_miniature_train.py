@@ -25,7 +25,13 @@ from pit_core.miniature.data import concept_critter
 from pit_core.miniature.export import LIMIT, export, note_figures
 from pit_core.miniature.recipes import RECIPES, quick_precision
 from pit_core.miniature.scale import scaled_config, set_scale
-from pit_core.miniature.sets import adapter_pictures, base_pictures, captioner, pictures
+from pit_core.miniature.sets import (
+    adapter_pictures,
+    base_pictures,
+    captioner,
+    concept_pictures,
+    pictures,
+)
 from pit_core.train.loop import Result, latest_checkpoint, load_average
 
 SCALE = 0.0002
@@ -118,7 +124,7 @@ def test_a_stage_before_its_turn_is_told_in_a_sentence(out: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(("vae", "decoder"), [(31.994, None), (32.5, 31.994), (float("nan"), None)])
-@pytest.mark.parametrize("stage", ["unet", "unet-finish", "adapter", "adapter-further"])
+@pytest.mark.parametrize("stage", ["unet", "unet-finish", "adapter", "adapter-finish"])
 def test_nothing_learns_on_the_latents_of_a_poor_vae(
     tmp_path: Path, stage: str, vae: float, decoder: float | None
 ) -> None:
@@ -401,31 +407,29 @@ def test_the_adapter_goes_on_from_the_shipped_one(out: Path, weights: Path, tmp_
     begun = trained.adapter_objective(again, *encoders, trained.ADAPTER_STAGES[:1]).adapter
     assert all(torch.equal(begun.state_dict()[name], value) for name, value in shipped.items())
 
-    [(_, result)] = train.main("adapter-further", again)
+    [(_, result)] = train.main("adapter-finish", again)
     assert result.finished
     further = trained.trained_adapter(again).state_dict()
     assert any(not torch.equal(further[name], value) for name, value in shipped.items())
-    _, average = load_average(again / "adapter-further")
+    _, average = load_average(again / "adapter-finish")
     assert all(torch.equal(further[name.removeprefix("adapter.")], value) for name, value in average.items())
 
-    train.main("prior-further", again)
+    train.main("prior-finish", again)
     made_by = json.loads((again / "cache/tokens.json").read_text())["of"]
-    assert made_by == trained.weights_of(again, "vision", "adapter-further")
+    assert made_by == trained.weights_of(again, "vision", "adapter-finish")
     manifest = export(again, tmp_path / "exported", "adapter")
     stages = [stage["stage"] for stage in manifest["files"]["ip_adapter_plus.safetensors"]["stages"]]
-    assert stages == ["adapter", "adapter-further"]
+    assert stages == list(trained.ADAPTER_STAGES)
     manifest = export(again, tmp_path / "exported", "prior")
-    assert [stage["stage"] for stage in manifest["files"]["ip_prior.safetensors"]["stages"]] == [
-        "prior",
-        "prior-further",
-    ]
+    stages = [stage["stage"] for stage in manifest["files"]["ip_prior.safetensors"]["stages"]]
+    assert stages == list(trained.PRIOR_STAGES)
 
 
 def test_the_prior_goes_on_from_the_shipped_one(out: Path, weights: Path, tmp_path: Path) -> None:
     again = _fresh(out, tmp_path)
     trained.start_from_shipped(again, weights)
     shipped, _ = load_tensors(weights / "ip_prior.safetensors")
-    begun = trained.prior_before(again, "prior-further").state_dict()
+    begun = trained.prior_before(again, "prior-finish").state_dict()
     assert all(torch.equal(begun[name], value.float()) for name, value in shipped.items())
 
 
@@ -438,6 +442,18 @@ def test_the_adapter_goes_on_with_more_of_the_mirrored_critters(out: Path) -> No
     assert set(further.rows) == set(base.rows)
     assert mirrored(further).count(True) == 3 * mirrored(base).count(True)
     assert mirrored(further).count(False) == mirrored(base).count(False)
+
+
+def test_the_adapter_learns_at_last_mostly_on_concepts(out: Path) -> None:
+    base, finish, captions = base_pictures(out), concept_pictures(out), captioner(out)
+    concept = base.rows >= len(base.sets[0])
+    for index, row in enumerate(base.rows):
+        times = int((finish.rows == row).sum())
+        if concept[index]:
+            assert times == (6 if captions.picture(*base.place(index)).critter.pose.mirror else 2)
+        else:
+            assert times in (0, 1)
+    assert (~concept).sum() // 2 <= (finish.rows < len(base.sets[0])).sum() <= (~concept).sum() // 2 + 1
 
 
 def test_a_stage_trained_here_is_preferred_to_the_shipped_one(

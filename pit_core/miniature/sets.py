@@ -51,10 +51,26 @@ def base_pictures(out: Path) -> Pictures:
 
 def adapter_pictures(out: Path) -> Pictures:
     """The base pictures, the mirrored critters' three times: only a sixth are, and their tails get lost."""
-    base, captions = base_pictures(out), captioner(out)
-    shown = (captions.picture(*base.place(index)) for index in range(len(base)))
-    mirrored = np.array([picture.critter.pose.mirror for picture in shown])
-    return Pictures(base.sets, rows=np.concatenate([base.rows, np.repeat(base.rows[mirrored], 2)]))
+    base = base_pictures(out)
+    return Pictures(base.sets, rows=np.concatenate([base.rows, np.repeat(_mirrored(out, base), 2)]))
+
+
+def concept_pictures(out: Path) -> Pictures:
+    """What the adapter learns on at last: its concepts twice, the mirrored ones four times more, and half of
+    its other pictures. Concepts are what the prior will ask it for.
+    """
+    base = base_pictures(out)
+    rows = base.rows >= len(base.sets[0])
+    concepts = Pictures(base.sets, rows=base.rows[rows])
+    repeated = [concepts.rows, concepts.rows, np.repeat(_mirrored(out, concepts), 4)]
+    return Pictures(base.sets, rows=np.concatenate([base.rows[~rows][::2], *repeated]))
+
+
+def _mirrored(out: Path, shown: Pictures) -> np.ndarray:
+    """The rows of the mirrored critters."""
+    captions = captioner(out)
+    places = (captions.picture(*shown.place(index)) for index in range(len(shown)))
+    return shown.rows[[picture.critter.pose.mirror for picture in places]]
 
 
 def vision_pictures(out: Path) -> Pictures:

@@ -28,6 +28,7 @@ from .sets import (
     adapter_pictures,
     base_pictures,
     captioner,
+    concept_pictures,
     everything,
     pair_prompts,
     pictures,
@@ -218,14 +219,21 @@ def train_adapter(out: Path, stage: str, **options: Any) -> Result:
     torch.manual_seed(RECIPES[stage].seed)
     image, text = trained_encoders(out)
     batches = Conditioned(
-        base_pictures(out) if stage == ADAPTER_STAGES[0] else adapter_pictures(out),
+        _ADAPTER_PICTURES[stage](out),
         captioner(out, neutral=0.3),
         WordTokenizer(models.TEXT_LENGTH),
         text,
         {"latents": base_latents(out, trained_vae(out)), "features": base_features(out, image)},
     )
     earlier = ADAPTER_STAGES[: ADAPTER_STAGES.index(stage)]
-    return train_stage(stage, adapter_objective(out, image, text, earlier), batches, out, **options)
+    dropout = 0.75 if stage == ADAPTER_STAGES[-1] else 0.4
+    objective = adapter_objective(out, image, text, earlier, text_dropout=dropout)
+    return train_stage(stage, objective, batches, out, **options)
+
+
+_ADAPTER_PICTURES = dict(
+    zip(ADAPTER_STAGES, (base_pictures, adapter_pictures, concept_pictures), strict=True)
+)
 
 
 def train_prior(out: Path, stage: str, **options: Any) -> Result:

@@ -192,13 +192,16 @@ def _newest_unet(out: Path, stages: Sequence[str]) -> Any:
     return unet
 
 
-ADAPTER_STAGES = ("adapter", "adapter-further")  # the second starts from the average of the first
+ADAPTER_STAGES = ("adapter", "adapter-further", "adapter-finish")  # each starts from the one before
 
 
-def adapter_objective(out: Path, image: Any, text: Any, stages: Sequence[str] = ()) -> IPAdapterObjective:
+def adapter_objective(
+    out: Path, image: Any, text: Any, stages: Sequence[str] = (), *, text_dropout: float = 0.4
+) -> IPAdapterObjective:
     """The adapter as the newest of ``stages`` left it, or a new one without any, on the trained UNet.
 
-    With it goes what a dropped picture and a dropped text turn into.
+    With it goes what a dropped picture and a dropped text turn into. Where the text is dropped, all that is
+    drawn has to come from the picture.
     """
     unet = trained_unet(out)
     newest, shipped = newest_of(out, stages), shipped_file(out, "adapter")
@@ -214,7 +217,7 @@ def adapter_objective(out: Path, image: Any, text: Any, stages: Sequence[str] = 
         null_features=models.image_features(image, models.grey())[0],
         null_text=empty[0],
         null_pooled=pooled[0],
-        dropout=Dropout(image=0.05, text=0.4, both=0.05),
+        dropout=Dropout(image=0.05, text=text_dropout, both=0.05),
         snr_limit=SNR_LIMIT,
     )
     if stages and (newest or not shipped):
@@ -237,7 +240,7 @@ def _load_adapter(path: Path) -> IPAdapter:
     return load_ip_adapter(path, dtype=torch.float32)
 
 
-PRIOR_STAGES = ("prior", "prior-further")  # the second starts from the average of the first
+PRIOR_STAGES = ("prior", "prior-further", "prior-finish")  # each starts from the one before
 
 
 def prior_before(out: Path, stage: str) -> IPPrior:
@@ -263,7 +266,7 @@ def _newest_prior(out: Path, stages: Sequence[str]) -> IPPrior:
 
 
 IP_LORA_STAGES = {"ip-lora-scene": "scene", "ip-lora-sheet": "sheet"}  # and the pairs that each learns on
-IP_LORA_RANK = 8
+IP_LORA_RANK = 6
 
 
 def ip_lora_objective(out: Path) -> IPLoRAObjective:
