@@ -208,6 +208,7 @@ def test_a_batch_keeps_to_the_size_of_its_first_example() -> None:
     batch = data.fetch(mixed)
     assert batch[0] == 11 and batch[2] == 14 and all(value >= 10 for value in batch)
     assert batch == data.fetch(mixed)
+    assert batch == [*data.of_step(mixed[0]).fetch(mixed[:1]), *data.of_step(mixed[0]).fetch(mixed[1:])]
     seen = {data.fetch([(epoch, 11), (epoch, 3)])[1] for epoch in range(60)}
     assert seen == set(range(10, 15))
 
