@@ -16,7 +16,8 @@ ENGLISH = ROOT / "locales" / "en"
 SCRIPTS = sorted((ROOT / "js").rglob("*.js"))
 SECTIONS = ["Inputs", "Outputs", "When something goes wrong", "Example"]
 CORE_NODES = {
-    *("Apply ControlNet Inpainting (AliMama)", "InpaintModelConditioning", "Load Diffusion Model", "Save Image"),
+    *("Apply ControlNet Inpainting (AliMama)", "InpaintModelConditioning"),
+    *("Load Diffusion Model", "Save Image"),
     *("CLIP Text Encode (Prompt)", "Conditioning Zero Out", "Empty Latent Image", "Get Image from Batch"),
     *("Invert Mask", "Load LoRA", "Load LoRA (Model and CLIP)"),
     *("Join Image with Alpha", "KSampler", "Load CLIP Vision", "Load Checkpoint", "Load Image"),
