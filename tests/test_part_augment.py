@@ -1,5 +1,6 @@
 """What training does to parts: each change with its probability, all from given random numbers."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -49,9 +50,25 @@ def test_siblings_are_four_others_of_a_set_that_is_large_enough() -> None:
         assert len(set(chosen)) == 4
         assert set(chosen) < set(members) - {9}
     assert choose_siblings(9, members[:8], Augment(use_ref=True), item_chance(0, 0, 0)) == []
+    assert choose_siblings(9, members, Augment(), item_chance(0, 0, 0)) == []
     rare = Augment(use_ref=True, reference_prob=0.25)
     given = [bool(choose_siblings(9, members, rare, item_chance(0, 0, i))) for i in range(2000)]
     assert np.mean(given) == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize("own", [3, 12, 30])
+def test_every_sibling_but_the_whole_itself_is_as_likely(own: int) -> None:
+    members = [3, 5, 8, 9, 12, 20, 21, 22, 30]
+    drawn = [choose_siblings(own, members, Augment(use_ref=True), item_chance(1, 0, i)) for i in range(800)]
+    counts = Counter(member for row in drawn for member in row)
+    assert set(counts) == set(members) - {own}
+    assert all(count == pytest.approx(400, abs=80) for count in counts.values())
+
+
+def test_siblings_of_a_very_large_set_cost_no_pass_over_it() -> None:
+    members = range(10**12)  # one pass would never end
+    chosen = choose_siblings(10**11, members, Augment(use_ref=True), item_chance(0, 0, 0))
+    assert len(set(chosen) - {10**11}) == 4
 
 
 def test_without_changes_a_part_is_only_placed() -> None:

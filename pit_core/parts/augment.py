@@ -7,6 +7,7 @@ random numbers that are passed in, so equal ones give equal pictures.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,11 +86,17 @@ def choose_parts(count: int, settings: Augment, chance: np.random.Generator) -> 
 def choose_siblings(
     index: int, members: Sequence[int], settings: Augment, chance: np.random.Generator
 ) -> list[int]:
-    """Four others out of the set's `members`, or none where it is too small or chance leaves them out."""
-    if len(members) < settings.reference_targets or chance.random() >= settings.reference_prob:
+    """Four others out of the set's ascending `members`, or none: without use_ref, where the set is too small,
+    and where chance leaves them out. The cost does not grow with the set."""
+    if (
+        not settings.use_ref
+        or len(members) < settings.reference_targets
+        or chance.random() >= settings.reference_prob
+    ):
         return []
-    others = [member for member in members if member != index]
-    return [others[i] for i in chance.choice(len(others), REFERENCES, replace=False)]
+    own = bisect_left(members, index)
+    drawn = chance.choice(len(members) - 1, REFERENCES, replace=False)
+    return [members[i + (i >= own)] for i in drawn]
 
 
 def part_square(

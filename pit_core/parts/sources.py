@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -79,8 +80,8 @@ class FolderSource:
         self.files, self.domain, self.finder = picture_files(folder), domain, finder
         if not self.files:
             raise PitError(f"'{folder}' holds no pictures.")
-        stems = [path.stem for path in self.files]
-        if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
+        stems = Counter(path.stem for path in self.files)
+        if twice := next((stem for stem, count in stems.items() if count > 1), None):
             raise PitError(f"'{folder}' holds two pictures called '{twice}'; rename one of them.")
         names = sha256("\n".join(path.name for path in self.files).encode()).hexdigest()
         self.entry: Mapping[str, Any] = {
