@@ -98,7 +98,7 @@ class Source:
         return verdict(*self.factors)
 
     def join(self, swap: bool = False, mode: str = "auto") -> Merged:
-        """All layers at full strength. Raises PitError for a splice that cannot be, and for no layers at all."""
+        """All layers at full strength. Raises PitError for a splice that cannot be, and for no layers."""
         if not self.content.layers:
             raise PitError("There is nothing left of this B4M: all of its dials were 0.")
         if self.style is None:
