@@ -86,7 +86,8 @@ def find_own(
         for index, picture in enumerate(pictures):
             save_png(picture, place / f"{index:03d}.png")
         piles.append(pile_of([place], name))
-    return find_between(*piles, Encoders(stack.encoder, stack.adapter), progress=progress)
+    first, second = piles
+    return find_between(first, second, Encoders(stack.encoder, stack.adapter), progress=progress)
 
 
 def _counting(progress: Progress, what: str, total: int) -> Callable[[int], None]:
