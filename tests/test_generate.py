@@ -18,6 +18,7 @@ import pytest
 import tiny_finders
 import tiny_flux
 import tiny_stack
+import torch
 from blobs import Blobs
 from PIL import Image, ImageDraw
 
@@ -33,8 +34,8 @@ from pit_core.parts.masks import Found, MaskFilter, choose_masks, clean, cut_out
 from pit_core.parts.painter import (
     DiffusersPainter,
     PaintSettings,
+    is_blank,
     load_painter,
-    refuse_blank,
     wants_bfloat16,
 )
 from pit_core.parts.sketch import foreground
@@ -409,12 +410,36 @@ def test_a_painter_refuses_what_it_cannot_draw(schnell: Path, tmp_path: Path) ->
         DiffusersPainter(pipe, PaintSettings(4, 0.0, 20))
     with pytest.raises(PitError, match="steps from 1 to 1000, got 0"):
         PaintSettings(0, 0.0, 16)
-    with pytest.raises(PitError, match="the numbers overflowed"):
-        refuse_blank(Image.new("RGB", (8, 8)))
     folder = tmp_path / "flux"
     shutil.copytree(schnell, folder, ignore=shutil.ignore_patterns("text_encoder_2"))
     with pytest.raises(PitError, match="lacks the folder text_encoder_2, which holds its T5EncoderModel"):
         load_painter(folder)
+
+
+def test_pictures_of_one_colour_are_left_out_unless_the_model_makes_no_others(schnell: Path) -> None:
+    paint = load_painter(schnell, steps=1, size=32)
+    orders = [Order(i, "a fox", i, "fox", f"{i:06d}") for i in range(8)]
+    assert not any(is_blank(image) for image in paint(orders[:1]) if isinstance(image, Image.Image))
+    broken = DiffusersPainter(paint.pipe, paint.settings)
+    broken.pipe.vae.decoder.conv_out.weight.data.fill_(float("nan"))
+    assert [type(each) for each in broken(orders[:3])] == [Rejected] * 3
+    with pytest.raises(PitError, match="first 8 pictures all came out in one colour: the model's files may"):
+        broken(orders[3:])
+    assert [type(each) for each in paint(orders)] == [Rejected] * 8  # it has drawn others before
+    broken.pipe.to(torch.float16)
+    with pytest.raises(
+        PitError, match="overflow in float16, so begin again with --dtype bfloat16 and another"
+    ):
+        broken(orders[:1])
+
+
+def test_two_pictures_of_one_name_are_refused(tmp_path: Path, toys: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for name in ("owl.png", "fox.png", "fox.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name)
+    domain = load_domain(toys)
+    with pytest.raises(PitError, match="two pictures called 'fox'"):
+        FolderSource(tmp_path / "pictures", domain, GivenMasks(tmp_path, domain))
 
 
 # the miniature

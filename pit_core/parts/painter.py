@@ -14,8 +14,9 @@ from PIL import Image
 
 from ..errors import PitError
 from ..render import load_folder, load_part, load_single_file
-from .generate import Order
+from .generate import Order, Rejected
 
+BLANK = 8  # so many pictures of one colour, and none before them: it is the model, not chance
 FLUX_TEXT = 256  # tokens of text that schnell was distilled with; others take twice as many
 
 
@@ -37,7 +38,8 @@ class PaintSettings:
 class DiffusersPainter:
     """A diffusers pipeline as a painter: each picture's noise is its own seed's, whatever the batch.
 
-    pipe: FluxPipeline or StableDiffusionXLPipeline. Raises PitError for a size that the model cannot draw.
+    A picture of one colour is left out. pipe: FluxPipeline or StableDiffusionXLPipeline. Raises PitError for
+    a size that the model cannot draw, and when the first pictures are all of one colour.
     """
 
     def __init__(self, pipe: Any, settings: PaintSettings) -> None:
@@ -45,10 +47,11 @@ class DiffusersPainter:
         if settings.size < step or settings.size % step:
             raise PitError(f"Expected a picture size in multiples of {step} px, got {settings.size}.")
         self.pipe, self.settings = pipe, settings
+        self.drawn = self.blank = 0
         pipe.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
-    def __call__(self, orders: Sequence[Order]) -> list[Image.Image]:
+    def __call__(self, orders: Sequence[Order]) -> list[Image.Image | Rejected]:
         settings = self.settings
         images = self.pipe(
             prompt=[order.prompt for order in orders],
@@ -59,9 +62,21 @@ class DiffusersPainter:
             width=settings.size,
             **self._own_options(orders),
         ).images
-        for image in images:
-            refuse_blank(image)
-        return list(images)
+        made = [Rejected("It came out in one colour.") if is_blank(image) else image for image in images]
+        self._count(made)
+        return made
+
+    def _count(self, made: Sequence[Image.Image | Rejected]) -> None:
+        self.drawn += len(made)
+        self.blank += sum(isinstance(each, Rejected) for each in made)
+        if self.blank == self.drawn >= BLANK:
+            half = self.pipe.dtype == torch.float16
+            advice = (
+                "numbers overflow in float16, so begin again with --dtype bfloat16 and another --out."
+                if half
+                else "the model's files may be damaged, or --steps and --guidance do not suit it."
+            )
+            raise PitError(f"The first {self.drawn} pictures all came out in one colour: {advice}")
 
     def _own_options(self, orders: Sequence[Order]) -> dict[str, Any]:
         if is_flux(self.pipe):
@@ -69,10 +84,9 @@ class DiffusersPainter:
         return {"negative_prompt": [order.negative for order in orders]}
 
 
-def refuse_blank(image: Image.Image) -> None:
-    """Raise PitError for a picture of one colour: what NaN turns into."""
-    if all(low == high for low, high in image.convert("RGB").getextrema()):  # type: ignore[misc]
-        raise PitError("A picture came out in one colour: the numbers overflowed; use --dtype bfloat16.")
+def is_blank(image: Image.Image) -> bool:
+    """Whether the picture is of one colour: what NaN turns into, and what shows nothing."""
+    return all(low == high for low, high in image.convert("RGB").getextrema())  # type: ignore[misc]
 
 
 def load_painter(
