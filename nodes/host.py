@@ -30,6 +30,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
+from ..pit_core.diptych.flux_keys import to_published
 from ..pit_core.errors import PitError
 from ..pit_core.files import hash_tensors, inside
 from ..pit_core.ip_adapter.adapter import IPAdapter
@@ -638,8 +639,35 @@ def _rebuild_sdxl(config: Mapping[str, Any], load: Callable[[], dict[str, Tensor
     return build_sdxl(config, load)
 
 
+def build_flux(config: Mapping[str, Any], shift: float, load: Callable[[], dict[str, Tensor]]) -> Any:
+    """A MODEL of the Flux family at any size: diffusers' transformer/config.json and its weights.
+
+    shift: mu of the noise levels, which depends on the size of the pictures. `load` as in build_sdxl.
+    """
+    family = comfy.supported_models.Flux(_flux_plan(config))
+    family.sampling_settings["shift"] = shift
+    family.set_inference_dtype(torch.float32, None)
+    device = comfy.model_management.unet_offload_device()
+    model = family.get_model({}, "", device=device)
+    weights = {key: t.float() for key, t in to_published(load()).items()}
+    _fill(model.diffusion_model, family.process_unet_state_dict(weights), "fill model")
+    patcher = comfy.model_patcher.ModelPatcher(
+        model, load_device=comfy.model_management.get_torch_device(), offload_device=device
+    )
+    patcher.cached_patcher_init = (_rebuild_flux, (config, shift, load))
+    return patcher
+
+
+def _rebuild_flux(
+    config: Mapping[str, Any], shift: float, load: Callable[[], dict[str, Tensor]], **_options: Any
+) -> Any:
+    """As _rebuild_sdxl."""
+    return build_flux(config, shift, load)
+
+
 def build_vae(config: Mapping[str, Any], weights: dict[str, Tensor]) -> Any:
     """A VAE out of diffusers' vae/config.json and its weights."""
+    weights = {**_quant_convolutions(config), **weights}
     widths = config["block_out_channels"]
     ddconfig = {
         "double_z": True,
@@ -768,6 +796,39 @@ def _fill(module: torch.nn.Module, weights: Mapping[str, Tensor], what: str) -> 
             f"The miniature's {what} does not fit this ComfyUI (missing {missing[:3]}, unknown "
             f"{unexpected[:3]}); update the pack."
         )
+
+
+def _quant_convolutions(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What changes nothing, for a VAE without them, as Flux's: the host's class for a config has them."""
+    channels, found = config["latent_channels"], {}
+    for name, wide in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
+        if not config.get(f"use_{name}", True):
+            found[f"{name}.weight"] = torch.eye(wide)[..., None, None]
+            found[f"{name}.bias"] = torch.zeros(wide)
+    return found
+
+
+def _flux_plan(config: Mapping[str, Any]) -> dict[str, Any]:
+    """diffusers' transformer/config.json in the host's words, which count channels before 2 x 2 patches."""
+    heads = config["num_attention_heads"]
+    return {
+        "image_model": "flux",
+        "in_channels": config["in_channels"] // 4,
+        "out_channels": (config["out_channels"] or config["in_channels"]) // 4,
+        "patch_size": 2,
+        "vec_in_dim": config["pooled_projection_dim"],
+        "context_in_dim": config["joint_attention_dim"],
+        "hidden_size": heads * config["attention_head_dim"],
+        "num_heads": heads,
+        "mlp_ratio": 4.0,
+        "depth": config["num_layers"],
+        "depth_single_blocks": config["num_single_layers"],
+        "axes_dim": list(config["axes_dims_rope"]),
+        "theta": 10000,
+        "qkv_bias": True,
+        "guidance_embed": config["guidance_embeds"],
+        "txt_ids_dims": [],
+    }
 
 
 def _sdxl_plan(config: Mapping[str, Any]) -> dict[str, Any]:

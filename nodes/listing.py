@@ -16,7 +16,7 @@ from .directions import (
 from .ip_lora import PiTIPLoRA
 from .ip_prior import PiTLoadPrior, PiTSamplePrior
 from .ip_tokens import PiTApplyTokens, PiTEncodeImage, PiTEncodeParts, PiTLoadIPAdapter, PiTTokensFromEmbeds
-from .miniature import PiTMiniatureSDXL
+from .miniature import PiTMiniatureFlux, PiTMiniatureSDXL
 from .token_tools import PiTCombineTokens, PiTLoadTokens, PiTPreviewTokens, PiTSaveTokens
 
 __all__ = ["NODES", "host"]
@@ -50,4 +50,5 @@ NODES = (
     PiTDiptychCrop,
     PiTCutOut,
     PiTMiniatureSDXL,
+    PiTMiniatureFlux,
 )

@@ -37,6 +37,7 @@ IDS = [
     "PiTDiptychCrop",
     "PiTCutOut",
     "PiTMiniatureSDXL",
+    "PiTMiniatureFlux",
 ]
 
 
