@@ -15,6 +15,7 @@ from PIL import Image
 from pit_core.concepts import StackFiles
 from pit_core.parts.manifest import read_manifest
 from pit_core.parts.shards import read_index
+from pit_core.parts.sheet import choose_rows
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -69,6 +70,18 @@ def test_from_a_folder_of_pictures_to_a_prior_that_samples(
     )
     assert (code, errors) == (0, "")
     assert (tmp_path / "concepts" / "001-concept-01.png").is_file()
+
+
+def test_only_what_is_shown_is_looked_at(run: Run, pictures: Path, tmp_path: Path) -> None:
+    run("data", "import", pictures)
+    chosen = choose_rows(10, 3)
+    other = min(set(range(10)) - set(chosen))
+    for number in (chosen[0], other):
+        (pictures / f"{number}.png").write_bytes(b"")
+    sheet = ("--out", tmp_path / "sheet.png", "--count", 3)
+    code, text, errors = run("data", "show", pictures / "parts.jsonl", *sheet)
+    assert code == 0 and "2 of 10 wholes" in text
+    assert f"'{chosen[0]}.png' is empty" in errors and f"'{other}.png'" not in errors
 
 
 def test_an_import_does_not_overwrite_a_manifest_and_names_what_it_leaves_out(

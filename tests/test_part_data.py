@@ -4,25 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from pit_core.errors import PitError
-from pit_core.ip_adapter.pixels import preprocess
 from pit_core.parts.augment import Augment
-from pit_core.parts.dataset import PartData, fill_slots
+from pit_core.parts.dataset import PartData
 from pit_core.parts.manifest import Whole
-from pit_core.parts.sheet import part_sheet
-from pit_core.train.loop import LoopConfig, _Batches
+from pit_core.parts.sheet import choose_rows, part_sheet
 
 SETTINGS = Augment(crop_prob=0.5, rotate_prob=0.5, sketch_prob=0.2, empty_prob=0.2)
 PLAIN = Augment(crop_prob=0, rotate_prob=0, sketch_prob=0, empty_prob=0, fill=(0.9, 0.9))
-
-
-def _small(squares: list[Image.Image]) -> Tensor:
-    return preprocess(squares, size=16)
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +32,13 @@ def _data(folder: Path, settings: Augment = SETTINGS, seed: int = 0, sets: int =
         Whole(f"{i}.png", tuple(f"{i}_{part}.png" for part in range(i % 5)), set=f"set {i % sets}")
         for i in range(10)
     ]
-    return PartData(wholes, folder, settings, _small, seed=seed, canvas=32)
+    return PartData(wholes, folder, settings, seed=seed, canvas=32)
 
 
 def _colours(image: Image.Image, least: int = 1) -> set[tuple[int, int, int]]:
     """The colours of at least so many pixels, white left out."""
     found = image.getcolors(image.width * image.height)
     return {colour for count, colour in found if count >= least} - {(255, 255, 255)}
-
-
-def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_an_example_is_a_target_and_its_own_parts_padded_with_white(folder: Path) -> None:
@@ -66,48 +53,19 @@ def test_an_example_is_a_target_and_its_own_parts_padded_with_white(folder: Path
         assert {(red, blue) for square in shown for red, _, blue in _colours(square)} <= {(index * 20, 0)}
 
 
-def test_a_batch_holds_only_squares_that_show_something(folder: Path) -> None:
-    data = _data(folder, PLAIN)
-    items = [(0, index) for index in (5, 3, 4)]
-    batch = data.fetch(items)
-    examples = [data.example(*item) for item in items]
-    assert torch.equal(batch["target"], _small([example.target for example in examples]))
-    assert batch["slots"].shape == (3, 3)
-    assert batch["slots"][0].tolist() == [-1, -1, -1]
-    assert len(batch["parts"]) == int((batch["slots"] >= 0).sum()) > 1
-    for row, example in zip(batch["slots"], examples, strict=True):
-        for number, square in zip(row.tolist(), example.slots, strict=True):
-            assert (number < 0) == (square is None)
-            if square is not None:
-                assert torch.equal(batch["parts"][number], _small([square])[0])
-    assert data.fetch([(0, 0)])["parts"].shape == (0, 3, 16, 16)
+def _bytes(data: PartData, epoch: int, index: int) -> list[bytes]:
+    example = data.example(epoch, index)
+    return [square.tobytes() if square is not None else b"" for square in (example.target, *example.slots)]
 
 
 def test_an_item_depends_on_seed_epoch_and_index_and_on_nothing_else(folder: Path) -> None:
-    batch = _data(folder).fetch([(2, 4)])
+    data = _data(folder)
+    first = _bytes(data, 2, 4)
     again = _data(folder)
-    again.fetch([(0, 7), (1, 4)])
-    assert _equal(again.fetch([(2, 4)]), batch)
-    assert not _equal(again.fetch([(3, 4)]), batch)
-    assert not _equal(_data(folder, seed=1).fetch([(2, 4)]), batch)
-    beside = again.fetch([(0, 9), (2, 4)])
-    assert torch.equal(beside["target"][1:], batch["target"])
-    assert torch.equal(beside["parts"][beside["slots"][1][beside["slots"][1] >= 0]], batch["parts"])
-
-
-def test_any_number_of_workers_and_processes_makes_the_same_batches(folder: Path) -> None:
-    config = LoopConfig(steps=4, batch_size=4)
-
-    def batches(workers: int, rank: int = 0, world: int = 1) -> list[dict[str, Tensor]]:
-        source = _Batches(_data(folder), config, rank, world)
-        return list(DataLoader(source, batch_size=None, sampler=range(4), num_workers=workers))
-
-    alone = batches(0)
-    assert all(_equal(a, b) for a, b in zip(alone, batches(2), strict=True))
-    halves = [batches(0, rank, 2) for rank in range(2)]
-    for whole, first, second in zip(alone, *halves, strict=True):
-        for name in ("target", "parts"):
-            assert torch.equal(whole[name], torch.cat([first[name], second[name]]))
+    again.example(0, 7)
+    assert _bytes(again, 2, 4) == first
+    assert _bytes(again, 3, 4) != first
+    assert _bytes(_data(folder, seed=1), 2, 4) != first
 
 
 def test_the_reference_slot_shows_four_siblings_of_a_set_of_nine(folder: Path) -> None:
@@ -123,34 +81,27 @@ def test_the_reference_slot_shows_four_siblings_of_a_set_of_nine(folder: Path) -
 
 def test_a_file_that_breaks_during_training_stops_it(folder: Path, tmp_path: Path) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    data = PartData([Whole("a.png", ("b.png",))], tmp_path, PLAIN, _small)
+    data = PartData([Whole("a.png", ("b.png",))], tmp_path, PLAIN)
     with pytest.raises(PitError, match="There is no file"):
-        data.fetch([(0, 0)])
-
-
-def test_white_tokens_fill_the_slots_without_a_picture() -> None:
-    tokens = torch.arange(12.0).reshape(2, 2, 3)
-    white = torch.full((2, 3), -7.0)
-    cond = fill_slots(tokens, torch.tensor([[1, -1], [-1, 0]]), white)
-    assert torch.equal(cond, torch.stack([torch.cat([tokens[1], white]), torch.cat([white, tokens[0]])]))
-    nothing = fill_slots(tokens[:0], torch.tensor([[-1, -1]]), white[None])
-    assert torch.equal(nothing, white.repeat(2, 1)[None])
+        data.example(0, 0)
 
 
 @pytest.mark.parametrize("augmented", [False, True])
 def test_a_sheet_shows_targets_with_their_parts(folder: Path, augmented: bool) -> None:
     data = _data(folder, PLAIN)
-    shown = _colours(part_sheet(data, 4, augmented=augmented), least=2000)  # areas, not their edges
+    chosen = choose_rows(len(data), 4)
+    shown = _colours(part_sheet(data, chosen, augmented=augmented), least=2000)  # areas, not their edges
     targets = {colour for colour in shown if colour[1:] == (0, 0) and colour[0] % 20 == 0}
     parts = {colour for colour in shown if colour[2] == 0 and colour[1] in range(20, 100, 20)}
     assert len(targets) == 4
     assert parts
     assert {red for red, *_ in parts} <= {red for red, *_ in targets}
-    assert part_sheet(data, 4).tobytes() == part_sheet(data, 4).tobytes()
-    assert part_sheet(data, 4, seed=1).tobytes() != part_sheet(data, 4).tobytes()
+    assert part_sheet(data, chosen).tobytes() == part_sheet(data, chosen).tobytes()
+    assert choose_rows(len(data), 4) == chosen != choose_rows(len(data), 4, seed=1)
 
 
 def test_a_sheet_of_nothing_is_refused(folder: Path) -> None:
     with pytest.raises(PitError, match="at least one whole"):
-        part_sheet(_data(folder), 0)
-    assert part_sheet(_data(folder, PLAIN), 99).height > 10 * 192
+        choose_rows(10, 0)
+    assert choose_rows(10, 99) == list(range(10))
+    assert part_sheet(_data(folder, PLAIN), choose_rows(10, 99)).height > 10 * 192

@@ -205,6 +205,26 @@ def test_names_follow_content_recipe_and_models(
     assert run(out, encode=Encoder(tiny_parts.image_encoder(seed=9), models[1]), source=source).made == 2
 
 
+def test_shards_of_earlier_data_stay_unless_they_are_pruned(
+    run: Callable[..., Embedded], tmp_path: Path
+) -> None:
+    source, out = tiny_parts.write_set(tmp_path / "set", 6), tmp_path / "out"
+    wholes = read_manifest(source)
+    write_manifest(source, wholes[:5])
+    first = run(out, source=source)
+    assert (first.made, first.unused) == (2, 0) and "older" not in str(first)
+    write_manifest(source, wholes)  # the last shard was not full
+    grown = run(out, source=source)
+    assert (grown.made, grown.unused) == (1, 1) and "(1 older ones not used" in str(grown)
+    others = [out / "shards" / name for name in ("mine.tar", f"{'0' * 40}.tar.part", "note.txt")]
+    for path in others:
+        path.touch()
+    pruned = run(out, source=source, prune=True)
+    assert (pruned.made, pruned.unused) == (0, 1) and "(1 older ones deleted)" in str(pruned)
+    assert set((out / "shards").iterdir()) == {*others, *(out / name for name, _ in pruned.index.shards)}
+    assert len(TokenData(out).fetch([(0, 5)])["target"]) == 1
+
+
 def test_equal_pictures_have_equal_views_wherever_they_stand(
     run: Callable[..., Embedded], tmp_path: Path
 ) -> None:

@@ -2,13 +2,15 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from pit_core.errors import PitError
-from pit_core.parts.manifest import Skipped, Whole
+from pit_core.parts.look import Skipped, look_at
+from pit_core.parts.manifest import Whole
 from pit_core.parts.scan import readable
 
 
@@ -88,3 +90,27 @@ def test_only_new_and_changed_files_are_looked_at_again(folder: Path) -> None:
         assert _scan(wholes, folder, memory)[0] == [Whole("b.png")]
     memory.write_text("{")
     assert _scan(wholes, folder, memory) == (wholes, [])
+
+
+def test_a_look_that_breaks_off_is_not_repeated(folder: Path) -> None:
+    memory, names = folder / "seen.json", ["a.png", "b.png", "a_0.png"]
+    opened: list[str] = []
+    written: dict[str, object] = {}
+
+    def check(name: str, picture: Image.Image) -> None:
+        opened.append(name)
+        if name == "a_0.png" and not written:
+            for _ in range(500):  # what came before is written while this one is looked at
+                if memory.is_file():
+                    written.update(json.loads(memory.read_text()))
+                    break
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        look_at(names, folder, memory, check=check, save_every=0, quiet=True)
+    assert set(written) <= {"a.png", "b.png"} and written  # a kill would have left as much
+    assert set(json.loads(memory.read_text())) == {"a.png", "b.png"}
+    found = look_at(names, folder, memory, check=check, quiet=True)
+    assert set(found) == set(names) and sorted(opened) == ["a.png", "a_0.png", "a_0.png", "b.png"]
+    assert found["a.png"]["sha256"] and (found["a.png"]["width"], found["a.png"]["height"]) == (20, 20)

@@ -448,7 +448,7 @@ def test_broken_pictures_are_reported_and_left_out(models: Path, tmp_path: Path)
     with pytest.warns(UserWarning, match="3 of 5 rows are left out"):
         pictures, skipped = scan(rows, tmp_path / "pictures", tmp_path / "index.json", quiet=True)
     assert [picture.path.name for picture in pictures] == ["red.png", "green.png"]
-    assert [item.image_file for item in skipped] == ["broken.png", "absent.png", "empty.png"]
+    assert [item.file for item in skipped] == ["broken.png", "absent.png", "empty.png"]
     assert (pictures[0].width, pictures[0].height) == (40, 32)
 
     Image.new("RGB", (9, 8)).save(tmp_path / "pictures" / "broken.png")

@@ -25,6 +25,7 @@ from pit_core.files import load_tensors
 from pit_core.ip_adapter.processor import install_ip_adapter
 from pit_core.lora.formats import kind_of, load_lora, match_report, patched_weights
 from pit_core.lora.ip_deltas import apply_ip_deltas, ip_layers
+from pit_core.train.base_model import PROBE, unet_identity
 from pit_core.train.buckets import BySize, bucket_sizes, nearest_size
 from pit_core.train.config import from_mapping
 from pit_core.train.ip_adapter import Dropout, noise_loss
@@ -103,7 +104,7 @@ def test_a_folder_gives_what_has_target_caption_and_reference(tmp_path: Path) ->
     assert [(pair.target, pair.ref, pair.caption) for pair in pairs] == [
         ("targets/a.jpg", "refs/a_ref.jpg", "a photo, a in a b")
     ]
-    reasons = {item.image_file: item.reason for item in skipped}
+    reasons = {item.file: item.reason for item in skipped}
     assert reasons == {
         "targets/a.png": "'targets/a.png' has the name of a.jpg, which is taken.",
         "targets/alone": "'alone' has no caption targets/alone.txt and no reference refs/alone_ref.jpg.",
@@ -139,7 +140,7 @@ def test_pictures_that_cannot_be_read_are_left_out_with_a_warning(tmp_path: Path
     with pytest.warns(UserWarning, match="1 of 2 examples are left out: 'a_ref.jpg' is not a picture"):
         examples, skipped = read_examples(folder, "caption", tmp_path / "index.json", quiet=True)
     assert [example.path.name for example in examples] == ["b.png"]
-    assert [item.image_file for item in skipped] == ["targets/a.png"]
+    assert [item.file for item in skipped] == ["targets/a.png"]
     (folder / "targets" / "b.png").unlink()
     with (
         pytest.warns(UserWarning, match="left out"),
@@ -503,9 +504,24 @@ def test_a_run_ends_in_a_lora_that_says_how_it_was_trained(models: Path, tmp_pat
     with Image.open(tmp_path / "previews" / drawn[0]) as picture:
         assert picture.width > 400 and picture.height > 400
     skipped = json.loads((tmp_path / "skipped.jsonl").read_text())
-    assert skipped["image_file"] == "targets/alone"
+    assert skipped["file"] == "targets/alone"
     sizes = {tuple(load_tensors(path)[0]["latents"].shape[1:]) for path in (tmp_path / "cache").iterdir()}
     assert sizes == {(4, 8, 8), (4, 6, 10)}
+
+
+@pytest.mark.parametrize(("name", "place"), [("config.json", 0), ("a.safetensors", 3), ("a.safetensors", -1)])
+def test_a_run_knows_its_unet_by_either_end_of_its_files(tmp_path: Path, name: str, place: int) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    (tmp_path / "unet" / "a.safetensors").write_bytes(bytes(3 * PROBE))
+    (tmp_path / "unet" / "notes.md").touch()
+    before = unet_identity(tmp_path)
+    (tmp_path / "unet" / "notes.md").write_text("anything")
+    assert unet_identity(tmp_path) == before
+    data = bytearray((tmp_path / "unet" / name).read_bytes())
+    data[place] ^= 1
+    (tmp_path / "unet" / name).write_bytes(data)
+    assert unet_identity(tmp_path) != before
 
 
 @pytest.mark.filterwarnings("ignore:.*left out")

@@ -163,19 +163,20 @@ def show(
     augmented: Annotated[bool, typer.Option("--augmented", help="Parts as training sees them.")] = False,
     config: Settings = None,
 ) -> None:
-    """Wholes and their parts on a contact sheet."""
-    from ..ip_adapter.pixels import preprocess
+    """Wholes and their parts on a contact sheet; of those chosen, broken ones are named and left out."""
     from ..parts.dataset import PartData
     from ..parts.manifest import read_manifest
     from ..parts.scan import readable
-    from ..parts.sheet import part_sheet
+    from ..parts.sheet import choose_rows, part_sheet
     from ..pictures import save_png
 
-    wholes, _ = readable(read_manifest(manifest), manifest.parent)
-    data = PartData(wholes, manifest.parent, _augment(config), preprocess, seed=seed)
-    sheet = part_sheet(data, count, seed=seed, augmented=augmented)
-    save_png(sheet, out)
-    typer.echo(f"{out}: {min(count, len(wholes))} of {len(wholes)} wholes")
+    wholes, folder = read_manifest(manifest), manifest.parent
+    chosen = choose_rows(len(wholes), count, seed)
+    usable = {whole.target: whole for whole in readable([wholes[i] for i in chosen], folder)[0]}
+    shown = [i for i in chosen if wholes[i].target in usable]
+    data = PartData([usable.get(w.target, w) for w in wholes], folder, _augment(config), seed=seed)
+    save_png(part_sheet(data, shown, augmented=augmented), out)
+    typer.echo(f"{out}: {len(shown)} of {len(wholes)} wholes")
 
 
 @app.command("embed")
@@ -191,6 +192,9 @@ def embed(
     shard_size: Annotated[int, typer.Option(help="Wholes in a shard.")] = 32,
     batch: Annotated[int, typer.Option(help="Pictures encoded at a time.")] = 32,
     workers: Annotated[int, typer.Option(help="Processes that decode and crop.")] = 0,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Then delete shards of earlier data or settings.")
+    ] = False,
     device: Device = "auto",
     dtype: Precision = Dtype.auto,
     ray: Annotated[
@@ -225,13 +229,13 @@ def embed(
         cluster = Cluster(ray_address, actors, 0.0 if on_cpus else actor_gpus, workers or None)
         given = {option: path.resolve() for option, path in given.items()}
         load = partial(_encoder, given, device, dtype, batch)
-        done = embed_on_ray(manifest, out, load, recipe, cluster, shard_size=shard_size)
+        done = embed_on_ray(manifest, out, load, recipe, cluster, shard_size=shard_size, prune=prune)
     elif actors is not None or actor_gpus is not None:
         raise PitError("--actors and --actor-gpus are for --ray; add it, or leave them out.")
     else:
         encode = _encoder(given, device, dtype, batch)
         recipe = replace(recipe, pixels=encode.models.pixels)
-        done = run(manifest, out, encode, recipe, shard_size=shard_size, workers=workers)
+        done = run(manifest, out, encode, recipe, shard_size=shard_size, workers=workers, prune=prune)
     typer.echo(f"{out}: {done}")
 
 

@@ -1,25 +1,22 @@
-"""Part data as training examples: a whole, and slots of its parts, each a function of (seed, epoch, index).
+"""Part data as training sees it, in pictures: a whole, and slots of its parts, for contact sheets.
 
-White slots are no pictures: nothing is encoded for them, `fill_slots` puts white's tokens there.
+Each example is a function of (seed, epoch, index). Training itself reads tokens that were encoded once
+(`token_data`), which are chosen in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ..errors import PitError
 from ..pictures import read_picture
 from .augment import Augment, choose_parts, choose_siblings, item_chance, part_square
 from .canvas import SIZE, on_white_square, reference_grid
 from .manifest import Whole, path_below
-
-Preprocess = Callable[[Sequence[Image.Image]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,10 +28,9 @@ class Example:
 
 
 class PartData:
-    """Examples made anew for every epoch, alike on any number of workers and processes.
+    """Examples made anew for every epoch, in any order alike.
 
-    `wholes` are those of `scan.readable`, `folder` their manifest's, `canvas` the side in pixels of the
-    squares. `preprocess` takes squares to the normalised pixels (N, 3, S, S) that the image encoder reads.
+    `folder` is the manifest's of the `wholes`, `canvas` the side in pixels of the squares.
     """
 
     def __init__(
@@ -42,14 +38,13 @@ class PartData:
         wholes: Sequence[Whole],
         folder: Path,
         settings: Augment,
-        preprocess: Preprocess,
         *,
         seed: int = 0,
         canvas: int = SIZE,
     ) -> None:
         if seed < 0:
             raise PitError(f"Expected a seed of at least 0, got {seed}.")
-        self.wholes, self.folder, self.settings, self.preprocess = wholes, folder, settings, preprocess
+        self.wholes, self.folder, self.settings = wholes, folder, settings
         self.seed, self.canvas = seed, canvas
         self._members: dict[str, list[int]] = {}
         for index, whole in enumerate(wholes):
@@ -71,20 +66,6 @@ class PartData:
         target = on_white_square(self._read(whole.target), self.canvas, fill=1.0)
         return Example(target, (*reference, *parts))
 
-    def fetch(self, items: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-        """The batch of these (epoch, index) items.
-
-        "target" (B, 3, S, S); "parts" (N, 3, S, S), the N squares of the batch that are not white; "slots"
-        (B, slots), the number of the square that a slot shows, -1 for white.
-        """
-        examples = [self.example(*item) for item in items]
-        squares = [square for example in examples for square in example.slots if square is not None]
-        numbers = iter(range(len(squares)))
-        slots = [[-1 if square is None else next(numbers) for square in e.slots] for e in examples]
-        targets = self.preprocess([example.target for example in examples])
-        parts = self.preprocess(squares) if squares else targets.new_empty((0, *targets.shape[1:]))
-        return {"target": targets, "parts": parts, "slots": torch.tensor(slots)}
-
     def _reference(self, siblings: Sequence[int]) -> list[Image.Image | None]:
         if not self.settings.use_ref:
             return []
@@ -94,12 +75,3 @@ class PartData:
 
     def _read(self, name: str) -> Image.Image:
         return read_picture(path_below(self.folder, name))
-
-
-def fill_slots(tokens: Tensor, slots: Tensor, white: Tensor) -> Tensor:
-    """The prior's condition (B, slots * T, D): each slot's tokens, white's where it is -1.
-
-    tokens: (N, T, D), one for each square of the batch. slots: (B, slots). white: (T, D) or (1, T, D).
-    """
-    whole = torch.cat([white.reshape(1, *white.shape[-2:]).to(tokens), tokens])
-    return whole[slots.to(tokens.device) + 1].flatten(1, 2)

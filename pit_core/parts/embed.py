@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,33 +21,49 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import PitError
-from ..files import hash_tensors, write_text_atomic
+from ..files import hash_tensors
 from ..ip_adapter.adapter import IPAdapter
 from ..ip_adapter.encode import encode_tokens, null_pixels
 from ..ip_adapter.encoder import ImageEncoder
-from .manifest import Skipped, read_manifest
+from .look import Skipped, save_skipped
+from .manifest import read_manifest
 from .scan import Scan, scan
-from .shards import Index, has_white, read_white, write_index, write_shard, write_white
+from .shards import (
+    SHARDS,
+    Index,
+    has_white,
+    read_white,
+    unused_shards,
+    write_index,
+    write_shard,
+    write_white,
+)
 from .views import Job, Recipe, crop, decode, make_jobs, sort_tokens
+from .workers import leave_interrupts_to_the_parent
 
 FORMAT = 1  # of what a shard holds; another one makes other names
 STORED = torch.float16
-SHARDS = "shards"
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What `embed` has done: the index it wrote, how many shards were made now, and what was left out."""
+    """What `embed` has done: the index it wrote, how many shards were made now, and what was left out; how
+    many shards of earlier data or settings are beside them, and whether they were deleted."""
 
     index: Index
     made: int
     skipped: list[Skipped]
+    unused: int = 0
+    pruned: bool = False
 
     def __str__(self) -> str:
         index = self.index
         left_out = f", {len(self.skipped)} pictures left out" if self.skipped else ""
+        fate = "deleted" if self.pruned else "not used any more; --prune deletes them"
+        older = f" ({self.unused} older ones {fate})" if self.unused else ""
+        made = f"{self.made} of them encoded now{older}{left_out}"
         return (
-            f"{len(index)} wholes in {len(index.shards)} shards, {self.made} of them encoded now{left_out}; "
+            f"{len(index)} wholes in {len(index.shards)} shards, {made}; "
             f"{index.views} views of a part, {index.tokens} tokens of width {index.width} each"
         )
 
@@ -159,8 +174,7 @@ def make_plan(
 def look_through(manifest: Path, out: Path, *, quiet: bool = False) -> Scan:
     """What of the data set can be used; what cannot is listed in `out`. Raises PitError as `embed`."""
     found = scan(read_manifest(manifest), manifest.parent, out / "scan.json", quiet=quiet)
-    lines = "".join(json.dumps(asdict(item)) + "\n" for item in found.skipped)
-    write_text_atomic(out / "skipped.jsonl", lines)
+    save_skipped(out / "skipped.jsonl", found.skipped)
     return found
 
 
@@ -172,12 +186,14 @@ def embed(
     *,
     shard_size: int = 32,
     workers: int = 0,
+    prune: bool = False,
     quiet: bool = False,
 ) -> Embedded:
     """Encode the data set of a manifest into `out`; go on where an earlier run stopped.
 
     Writes shards/, the white slot's tokens, scan.json (what is known of the pictures), skipped.jsonl
     (pictures that cannot be used), and index.json when all is done. `workers` processes decode and crop.
+    `prune` then deletes the shards of earlier data or settings, which nothing else may be using or writing.
 
     Raises PitError for a manifest or pictures that cannot be read, settings out of range, models that do not
     belong together, and a disk that is full.
@@ -191,7 +207,7 @@ def embed(
         for number, pixels in _prepared(plan, missing, workers):
             make_shard(plan, number, pixels, encode)
             bar.update(len(pixels))
-    return Embedded(finish(plan, encode.white), len(missing), found.skipped)
+    return finish(plan, encode.white, len(missing), found.skipped, prune=prune)
 
 
 def progress(plan: Plan, missing: Sequence[int], *, quiet: bool) -> Any:
@@ -215,8 +231,10 @@ def store(path: Path, jobs: Sequence[Job], tokens: Tensor, views: int) -> None:
     write_shard(path, [sort_tokens(job, own, views) for job, own in rows])
 
 
-def finish(plan: Plan, white: Callable[[], Tensor]) -> Index:
-    """With every shard in place: the white slot (T, D), unless it is there, and the index."""
+def finish(
+    plan: Plan, white: Callable[[], Tensor], made: int, skipped: list[Skipped], *, prune: bool
+) -> Embedded:
+    """With every shard in place: the white slot (T, D), unless it is there, the index, and what it leaves."""
     if not has_white(plan.out, plan.key):
         write_white(plan.out, plan.key, white())
     models = plan.models
@@ -232,7 +250,10 @@ def finish(plan: Plan, white: Callable[[], Tensor]) -> Index:
     )
     read_white(plan.out, index)
     write_index(plan.out, index)
-    return index
+    unused = unused_shards(plan.out, index)
+    for path in unused if prune else ():
+        path.unlink()
+    return Embedded(index, made, skipped, len(unused), prune)
 
 
 class _Pixels(Dataset[Tensor | PitError]):
@@ -256,7 +277,7 @@ def _prepared(plan: Plan, numbers: Sequence[int], workers: int) -> Iterator[tupl
     """(number, pixels of each of its jobs), shard after shard, with the next ones already in the making."""
     source = _Pixels(plan, [job for number in numbers for job in plan.shards[number]])
     loader = DataLoader(
-        source, batch_size=None, num_workers=workers, worker_init_fn=_leave_interrupts_to_the_parent
+        source, batch_size=None, num_workers=workers, worker_init_fn=leave_interrupts_to_the_parent
     )
     ready = iter(loader)
     for number in numbers:
@@ -282,10 +303,6 @@ def _dead_workers_named() -> Iterator[None]:
             "A process that decodes pictures was ended, often for want of memory; run the command again, "
             "perhaps with fewer --workers: it goes on from here."
         ) from error
-
-
-def _leave_interrupts_to_the_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _digest(values: object) -> str:

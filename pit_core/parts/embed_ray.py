@@ -69,6 +69,7 @@ def embed_on_ray(
     cluster: Cluster | None = None,
     *,
     shard_size: int = 32,
+    prune: bool = False,
     quiet: bool = False,
 ) -> Embedded:
     """`embed` on Ray, with the same result; `load` is called in each process that encodes.
@@ -90,7 +91,7 @@ def embed_on_ray(
                 if row["error"]:
                     raise PitError(row["error"])
                 bar.update(row["wholes"])
-    return Embedded(finish(plan, lambda: white), len(missing), found.skipped)
+    return finish(plan, lambda: white, len(missing), found.skipped, prune=prune)
 
 
 # the pipeline

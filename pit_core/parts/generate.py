@@ -28,7 +28,7 @@ from .augment import Augment
 from .dataset import PartData
 from .manifest import Whole, write_manifest
 from .masks import Piece
-from .sheet import part_sheet
+from .sheet import choose_rows, part_sheet
 
 MANIFEST, SETTINGS, JOURNAL, SHEET = "parts.jsonl", "generate.json", "generate.jsonl", "contact-sheet.png"
 FORMAT = "piece-it-together generated parts 1"
@@ -131,7 +131,8 @@ def generate(source: Source, count: int, out: str | os.PathLike[str], *, quiet: 
     if not wholes and not waiting:
         raise PitError(f"None of the {count} pictures can be used; the first: {journal.first_reason()}")
     if wholes:
-        save_png(part_sheet(_data(wholes, folder)), folder / SHEET)
+        shown = choose_rows(len(wholes), 8)
+        save_png(part_sheet(PartData(wholes, folder, Augment()), shown), folder / SHEET)
     parts = sum(len(whole.parts) for whole in wholes)
     return Generated(folder, len(wholes), parts, len(journal.lines) - len(wholes), waiting, drawn)
 
@@ -174,12 +175,6 @@ def _cut(source: Source, order: Order, folder: Path, journal: Journal) -> bool:
 
 def _target(folder: Path, order: Order) -> Path:
     return folder / f"{order.stem}.png"
-
-
-def _data(wholes: Sequence[Whole], folder: Path) -> PartData:
-    from ..ip_adapter.pixels import preprocess
-
-    return PartData(wholes, folder, Augment(), preprocess)
 
 
 # what the folder remembers

@@ -16,7 +16,8 @@ from typing import Literal
 
 from ..errors import PitError
 from ..pictures import picture_files
-from .manifest import Skipped, Whole, path_below
+from .look import Skipped
+from .manifest import Whole, path_below
 
 Layout = Literal["auto", "released", "readme"]
 NUMBERED = re.compile(r"(.+)_([0-9]+)")

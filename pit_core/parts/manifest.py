@@ -41,14 +41,6 @@ class Whole:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A picture that is left out, and why."""
-
-    file: str
-    reason: str
-
-
 def read_manifest(path: str | os.PathLike[str]) -> list[Whole]:
     """The wholes of a manifest, in order; empty lines are passed over.
 

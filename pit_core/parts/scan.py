@@ -6,20 +6,16 @@ place. A whole whose target is broken goes, and so does one that has lost all of
 
 from __future__ import annotations
 
-import json
-import os
-import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from PIL import Image
 
 from ..errors import PitError
-from ..files import sha256_of, write_text_atomic
-from ..pictures import read_picture
 from .augment import is_white
-from .manifest import Skipped, Whole, path_below
+from .look import Skipped, look_at, report_skipped
+from .manifest import Whole, path_below
 
 
 @dataclass(frozen=True)
@@ -42,20 +38,12 @@ def readable(
 def scan(wholes: Sequence[Whole], folder: Path, memory: Path | None = None, *, quiet: bool = False) -> Scan:
     """The wholes with those pictures that can be read, in order; what is left out is also warned of.
 
-    `folder` is the manifest's. What was found is kept in the file `memory`, so that another run only looks at
-    new and changed files. Raises PitError when no whole is left.
+    `folder` is the manifest's. What was found is kept in the file `memory`, also where the run breaks off, so
+    that another one only looks at new and changed files. Raises PitError when no whole is left.
     """
-    from tqdm.auto import tqdm
-
-    known = _read_memory(memory)
-    names = list(dict.fromkeys(name for whole in wholes for name in (whole.target, *whole.parts)))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        entries = pool.map(lambda name: _look(folder, name, known.get(name)), names)
-        bar = tqdm(entries, "looking at pictures", len(names), disable=quiet)
-        found = dict(zip(names, bar, strict=True))
-    if memory is not None:
-        write_text_atomic(memory, json.dumps(found))
-    broken = {name: entry["error"] for name, entry in found.items() if entry["error"]}
+    names = [name for whole in wholes for name in (whole.target, *whole.parts)]
+    found = look_at(names, folder, memory, place=path_below, check=_refuse_white, quiet=quiet)
+    broken = {name: entry["error"] for name, entry in found.items() if "error" in entry}
     skipped = [Skipped(name, reason) for name, reason in broken.items()]
     kept = [left for whole in wholes if (left := _without(whole, broken)) is not None]
     skipped += [
@@ -65,9 +53,8 @@ def scan(wholes: Sequence[Whole], folder: Path, memory: Path | None = None, *, q
     ]
     if not kept:
         raise PitError(f"None of the {len(wholes)} wholes can be used; the first: {_first(skipped)}")
-    if skipped:
-        warnings.warn(_report(skipped, len(names)), stacklevel=2)
-    hashes = {name: entry["sha256"] for name, entry in found.items() if not entry["error"]}
+    report_skipped(skipped, len(found))
+    hashes = {name: entry["sha256"] for name, entry in found.items() if "error" not in entry}
     return Scan(kept, skipped, hashes)
 
 
@@ -81,42 +68,10 @@ def _without(whole: Whole, broken: Mapping[str, str]) -> Whole | None:
     return replace(whole, parts=tuple(whole.parts[i] for i in kept), boxes=boxes)
 
 
-def _look(folder: Path, name: str, known: Any) -> dict[str, Any]:
-    """{"stamp": the file's size and time, "sha256": its content's, "error": what is wrong with it or None}"""
-    stamp, content = None, ""
-    try:
-        path = path_below(folder, name)
-        if path.is_file():
-            status = path.stat()
-            stamp = [status.st_size, status.st_mtime_ns]
-            if (
-                isinstance(known, dict)
-                and known.get("stamp") == stamp
-                and {"error", "sha256"} <= known.keys()
-            ):
-                return known
-        if is_white(read_picture(path)):
-            raise PitError(f"'{path.name}' is white or transparent all over and shows nothing.")
-        content = sha256_of(path)
-    except (PitError, OSError) as error:
-        return {"stamp": stamp, "sha256": content, "error": str(error)}
-    return {"stamp": stamp, "sha256": content, "error": None}
-
-
-def _read_memory(path: Path | None) -> dict[str, Any]:
-    """What is not readable is made anew; it is only a memory."""
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
+def _refuse_white(name: str, picture: Image.Image) -> None:
+    if is_white(picture):
+        raise PitError(f"'{name}' is white or transparent all over and shows nothing.")
 
 
 def _first(skipped: Sequence[Skipped]) -> str:
     return skipped[0].reason if skipped else "there is none."
-
-
-def _report(skipped: Sequence[Skipped], total: int) -> str:
-    shown = " ".join(item.reason for item in skipped[:3])
-    more = f" (and {len(skipped) - 3} more)" if len(skipped) > 3 else ""
-    return f"Left out of {total} pictures: {shown}{more}"

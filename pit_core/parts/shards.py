@@ -7,6 +7,7 @@ lists them in order; from it, a training needs neither pictures nor encoder.
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ from .augment import Augment
 KIND = "ip_token_shards"
 VERSION = 1
 INDEX = "index.json"
+SHARDS = "shards"  # the folder of them
+SHARD = re.compile(r"[0-9a-f]{40}\.tar")
 DTYPES = {"F16": np.float16, "F32": np.float32}
 OPEN = 64  # shards that stay mapped into memory
 
@@ -126,6 +129,16 @@ def read_white(folder: Path, index: Index) -> Tensor:
 
 def _white(folder: Path, key: str) -> Path:
     return folder / f"white-{key[:16]}.safetensors"
+
+
+def unused_shards(folder: Path, index: Index) -> list[Path]:
+    """Shards that lie beside those of the index and are not named there: of earlier data or settings."""
+    named = {name for name, _ in index.shards}
+    return sorted(
+        path
+        for path in (folder / SHARDS).iterdir()
+        if SHARD.fullmatch(path.name) and f"{SHARDS}/{path.name}" not in named and path.is_file()
+    )
 
 
 class Shard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -13,16 +14,19 @@ from .dataset import PartData
 from .manifest import path_below
 
 
-def part_sheet(data: PartData, count: int = 8, *, seed: int = 0, augmented: bool = False) -> Image.Image:
-    """`count` wholes (or all, if fewer), drawn by `seed`, in their order: parts left, targets right, RGB.
+def choose_rows(count: int, shown: int, seed: int = 0) -> list[int]:
+    """`shown` of `count` wholes (or all, if fewer), drawn by `seed`, in order. PitError for none."""
+    if shown < 1 or not count:
+        raise PitError(f"Expected at least one whole to show, got {min(shown, count)}.")
+    return sorted(int(i) for i in np.random.default_rng(seed).permutation(count)[:shown])
+
+
+def part_sheet(data: PartData, chosen: Sequence[int], *, augmented: bool = False) -> Image.Image:
+    """The wholes of these numbers, at least one: parts left, targets right, RGB.
 
     `augmented` shows the slots of epoch 0 instead of the part files, white ones left out.
-    Raises PitError for a count below 1, and for a picture that cannot be read.
+    Raises PitError for a picture that cannot be read.
     """
-    if count < 1 or not len(data):
-        raise PitError(f"Expected at least one whole to show, got {min(count, len(data))}.")
-    chance = np.random.default_rng(seed)
-    chosen = sorted(int(i) for i in chance.permutation(len(data))[:count])
     rows = [_augmented_row(data, index) if augmented else _row(data, index) for index in chosen]
     return contact_sheet([SheetRow(rows[0].parts, rows[0].concepts, "targets"), *rows[1:]])
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import PitError
+from ..parts.look import Skipped
 from ..pictures import picture_files
-from .captioned import Picture, Row, Skipped, scan
+from .captioned import Picture, Row, scan
 from .ip_lora_prompts import PLACE
 from .loop import Data, Item
 

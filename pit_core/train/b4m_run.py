@@ -18,11 +18,20 @@ from ..b4m.merge import splice
 from ..b4m.projection import SplitAdapter
 from ..errors import PitError
 from ..files import existing_file, sha256_of
+from ..parts.look import Skipped, save_skipped
 from .b4m import B4MObjective, Role
 from .b4m_data import PictureFolder, Rows, read_folder
 from .b4m_preview import Preview, Previews
-from .base_model import DTYPES, OF_PRECISION, BaseModel, CaptionEncoders, base_identity, load_base
-from .captioned import Captioned, Picture, Shards, Skipped, build_together, save_skipped
+from .base_model import (
+    DTYPES,
+    OF_PRECISION,
+    BaseModel,
+    CaptionEncoders,
+    base_identity,
+    load_base,
+    unet_identity,
+)
+from .captioned import Captioned, Picture, Shards, build_together
 from .config import read_config
 from .events import EventLog
 from .loop import LoopConfig, Result, train
@@ -303,6 +312,7 @@ def _identity(settings: B4MSettings, ready: _Ready) -> dict[str, Any]:
     names = [name for shards in ready.shards for name in shards.names]
     return {
         "role": objective.role,
+        "unet": unet_identity(settings.base),
         "data": sha256("\n".join(names).encode()).hexdigest(),
         "loras": [sha256_of(path) for path in settings.loras],
         **settings.options,

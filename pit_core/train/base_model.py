@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..files import sha256_of
 from ..ip_adapter.encode import ImageEncoder, null_pixels
 from ..render import load_part
 
+PROBE = 1 << 20  # bytes at either end of a weight file
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OF_PRECISION = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 """The loop's precision -> the dtype in which frozen models run beside it."""
@@ -93,6 +95,21 @@ def base_identity(folder: Path) -> dict[str, str]:
         for file in sorted((folder / name).glob("*"))
         if file.suffix in (".safetensors", ".bin", ".json", ".txt") and file.is_file()
     }
+
+
+def unet_identity(folder: Path) -> str:
+    """A hash of the base's UNet for a run's record: its configuration, and of each weight file the size and
+    the first and last MiB, since reading gigabytes at every start would take longer than it is worth."""
+    digest = sha256()
+    for file in sorted((folder / "unet").glob("*")):
+        if file.suffix in (".safetensors", ".bin", ".json") and file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(PROBE))
+                stream.seek(max(0, size - PROBE))
+                digest.update(stream.read(PROBE))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

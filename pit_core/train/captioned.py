@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol
@@ -23,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import PitError
-from ..files import existing_file, save_tensors, sha256_of, write_text_atomic
+from ..files import existing_file, save_tensors
 from ..parts.canvas import flatten
+from ..parts.look import Skipped, look_at, report_skipped
 from ..pictures import read_picture
 from .loop import Data, Item
 
@@ -48,14 +47,6 @@ class Picture:
     sha256: str
     width: int
     height: int
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A row that is left out, and why."""
-
-    image_file: str
-    reason: str
 
 
 # rows
@@ -116,62 +107,10 @@ def scan(
         else:
             size = (entry["sha256"], entry["width"], entry["height"])
             pictures.append(Picture(images / row.image_file, row.text, *size))
-    report_skipped(skipped, len(rows))
+    report_skipped(skipped, len(rows), "rows")
     if not pictures:
         raise PitError(f"None of the {len(rows)} pictures can be read; the first: {skipped[0].reason}")
     return pictures, skipped
-
-
-def look_at(
-    names: Iterable[str], images: Path, index: Path, *, quiet: bool = False
-) -> dict[str, dict[str, Any]]:
-    """Each picture's {sha256, width, height}, or {error}, kept in the file `index` as `scan` does."""
-    from tqdm.auto import tqdm
-
-    known = _read_index(index)
-    names = list(dict.fromkeys(names))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        entries = pool.map(lambda name: _look(images / name, known.get(name)), names)
-        found = dict(zip(names, tqdm(entries, "looking at pictures", len(names), disable=quiet), strict=True))
-    write_text_atomic(index, json.dumps(found))
-    return found
-
-
-def _read_index(index: Path) -> dict[str, Any]:
-    """What is not readable is made anew; the index is only a memory."""
-    try:
-        loaded = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
-
-
-def _look(path: Path, known: Any) -> dict[str, Any]:
-    try:
-        status = path.stat()
-    except OSError:
-        return {"error": f"There is no file '{path}'."}
-    stamp = [status.st_size, status.st_mtime_ns]
-    if isinstance(known, dict) and known.get("stamp") == stamp:
-        return known
-    try:
-        width, height = read_picture(path).size
-        return {"stamp": stamp, "sha256": sha256_of(path), "width": width, "height": height}
-    except PitError as error:
-        return {"stamp": stamp, "error": str(error)}
-
-
-def report_skipped(skipped: Sequence[Skipped], total: int, what: str = "rows") -> None:
-    """Warn of what is left out, if anything is; the first three reasons are named."""
-    if skipped:
-        shown = " ".join(item.reason for item in skipped[:3])
-        more = f" (and {len(skipped) - 3} more)" if len(skipped) > 3 else ""
-        warnings.warn(f"{len(skipped)} of {total} {what} are left out: {shown}{more}", stacklevel=2)
-
-
-def save_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
-    """Write the rows that are left out, one JSON line each."""
-    write_text_atomic(path, "".join(json.dumps(asdict(item)) + "\n" for item in skipped))
 
 
 # one picture

@@ -20,8 +20,9 @@ from ..ip_adapter.adapter import IPAdapter, new_ip_adapter
 from ..ip_adapter.checkpoint import check_encoder, describe_adapter, load_ip_adapter
 from ..ip_adapter.encode import load_image_encoder, preprocess
 from ..ip_adapter.resampler import ImageProjection, Resampler
+from ..parts.look import save_skipped
 from .base_model import DTYPES, OF_PRECISION, BaseModel, Encoders, Nulls, encoders_identity, load_base
-from .captioned import Captioned, Picture, Shards, build_together, read_rows, save_skipped, scan
+from .captioned import Captioned, Picture, Shards, build_together, read_rows, scan
 from .config import read_config
 from .ip_adapter import Dropout, IPAdapterObjective
 from .loop import Data, Draws, LoopConfig, Result, train

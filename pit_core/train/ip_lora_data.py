@@ -19,19 +19,11 @@ from torch import Tensor
 from ..errors import PitError
 from ..files import existing_file
 from ..parts.canvas import flatten
+from ..parts.look import Skipped, look_at, report_skipped
 from ..parts.manifest import path_below
 from ..pictures import picture_files, read_picture
 from .buckets import Size
-from .captioned import (
-    Picture,
-    Skipped,
-    Tensors,
-    as_pixels,
-    centre_crop,
-    look_at,
-    read_json_rows,
-    report_skipped,
-)
+from .captioned import Picture, Tensors, as_pixels, centre_crop, read_json_rows
 from .ip_lora_prompts import prompt_for
 from .loop import Item
 

@@ -19,9 +19,10 @@ from ..errors import PitError
 from ..ip_adapter.adapter import IPAdapter
 from ..ip_adapter.checkpoint import check_encoder, load_ip_adapter
 from ..ip_adapter.encode import load_image_encoder, preprocess, tokens_from_features
-from .base_model import DTYPES, OF_PRECISION, BaseModel, Encoders, encoders_identity, load_base
+from ..parts.look import save_skipped
+from .base_model import DTYPES, OF_PRECISION, BaseModel, Encoders, encoders_identity, load_base, unet_identity
 from .buckets import BySize, Size, bucket_sizes, nearest_size
-from .captioned import Shards, Tensors, build_together, save_skipped
+from .captioned import Shards, Tensors, build_together
 from .config import read_config
 from .events import EventLog
 from .ip_adapter import Dropout
@@ -241,6 +242,7 @@ def _identity(settings: IPLoRASettings, ready: _Ready) -> dict[str, Any]:
     names = [name for shards in ready.shards.values() for name in shards.names]
     return {
         "prompt": settings.prompt,
+        "unet": unet_identity(settings.base),
         "data": sha256("\n".join(names).encode()).hexdigest(),
         "ip_adapter": ready.objective.adapter.content_hash,
         "rank": settings.rank,

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import PitError
 from ..files import check_shapes, load_tensors, replacing, save_tensors, write_text_atomic
+from ..parts.workers import leave_interrupts_to_the_parent
 from . import fsdp
 
 Item = tuple[int, int]
@@ -226,8 +227,9 @@ def train(
 ) -> Result:
     """Train until ``config.steps``, resuming from the newest checkpoint in ``out``.
 
-    ``validate`` is called after every save, with the averaged (EMA) weights in place. Ctrl-C or ``max_seconds``
-    saves and returns with ``finished=False``. At the end the objective holds the averaged weights.
+    ``validate`` is called after every save, with the averaged (EMA) weights in place. Ctrl-C and
+    ``max_seconds`` save and return with ``finished=False``. At the end the objective holds the averaged
+    weights.
 
     Raises PitError when the batch does not divide over the processes, when the checkpoint belongs to other
     settings, and when the loss or a gradient is not finite (nothing is saved then).
@@ -281,7 +283,7 @@ def train(
         batch_size=None,
         sampler=range(step * config.accumulate, config.steps * config.accumulate),
         num_workers=config.workers,
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=leave_interrupts_to_the_parent,
     )
     batches = iter(loader)
     active.train_mode()
@@ -408,11 +410,6 @@ def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, dict):
         return {key: _to(value, device) for key, value in batch.items()}
     return batch
-
-
-def _leave_interrupts_to_the_parent(worker: int) -> None:
-    """A terminal sends Ctrl-C to the workers as well; without them the last step could not end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
