@@ -156,6 +156,7 @@ def test_refuses_to_go_on_with_other_data_or_another_model(tokens: Path, tmp_pat
     for changes, said in (
         ({"max_crops": 1}, "other choice"),
         ({"validation": {"wholes": 0}}, "other examples"),
+        ({"validation": {"wholes": 2, "bins": 2, "seed": 1}}, "other held_out"),
         ({"prior": {"hidden_dim": 64, "num_layers": 1}}, "other prior"),
         ({"prefix": 0.0}, "other prefix"),
     ):
@@ -190,6 +191,22 @@ def test_a_start_for_another_adapter_is_refused(tokens: Path, tmp_path: Path) ->
     (tmp_path / "cfg.yaml").write_text("num_attention_heads: 2\nnum_tokens: 4\nuse_ref: false\n")
     with pytest.raises(PitError, match="4 tokens of width 8, but .* holds 4 of width 12"):
         run(settings(tokens, tmp_path / "out", start=str(tmp_path / "prior.ckpt")), quiet=True)
+
+
+def test_a_start_with_other_slots_than_the_data_has_to_be_meant(tokens: Path, tmp_path: Path) -> None:
+    prior = IPPrior(tiny_parts.WIDTH, 32, 1, 2, tiny_parts.TOKENS)
+    torch.save(prior.state_dict(), tmp_path / "prior.ckpt")
+    (tmp_path / "cfg.yaml").write_text("num_attention_heads: 2\nnum_tokens: 4\nmax_crops: 7\n")
+    start = {"start": str(tmp_path / "prior.ckpt"), "prior": {}, "train": {"steps": 1}}
+    with pytest.raises(
+        PitError, match="'use_ref: false, max_crops: 7', but .* 'use_ref: true, max_crops: 2'"
+    ):
+        run(settings(tokens, tmp_path / "out", **start), quiet=True)
+    with pytest.raises(PitError, match=r"'max_crops: 7', but .*; set max_crops in"):
+        run(settings(tokens, tmp_path / "out", **start, use_ref=True), quiet=True)
+    run(settings(tokens, tmp_path / "out", **start, use_ref=False, max_crops=7), quiet=True)
+    info = load_prior(tmp_path / "out" / "ip_prior.safetensors")[1]
+    assert (info.use_ref, info.max_crops) == (False, 7)
 
 
 def test_what_is_not_set_is_taken_over_from_the_embedding(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -66,8 +67,9 @@ class PriorSettings:
 
     tokens: a folder of `pit data embed`, or a list of them, which are mixed. weights: how often each of them
     comes; by default by its size. out: where everything goes. start: a prior to go on from, instead of fresh
-    weights; it brings its sizes. max_crops, empty_prob, use_ref, reference_prob: as in `Augment`; by default
-    as the tokens were embedded. prefix, cond_dropout: as in `IPPriorObjective`.
+    weights; it brings its sizes, and where its max_crops or use_ref are not the data's, they have to be set
+    here. max_crops, empty_prob, use_ref, reference_prob: as in `Augment`; by default as the tokens were
+    embedded. prefix, cond_dropout: as in `IPPriorObjective`.
     """
 
     tokens: Path | tuple[Path, ...]
@@ -122,12 +124,12 @@ def run(
     state = PartialState(cpu=not torch.cuda.is_available())
     data, check = _data(settings)
     objective = IPPriorObjective(
-        _prior(settings, data.index.tokens, data.index.width),
+        _prior(settings, data),
         prefix=settings.prefix,
         cond_dropout=settings.cond_dropout,
         white=data.white,
     )
-    _refuse_another_run(settings, data, objective, write=state.is_main_process)
+    _refuse_another_run(settings, data, check, objective, write=state.is_main_process)
     info = PriorInfo(
         objective.prior.config,
         use_ref=data.settings.use_ref,
@@ -171,15 +173,17 @@ def _previews(
     return Previews(decoder(settings.preview), check, info, settings.preview)
 
 
-def _prior(settings: PriorSettings, tokens: int, width: int) -> IPPrior:
+def _prior(settings: PriorSettings, data: JointTokens) -> IPPrior:
+    tokens, width = data.index.tokens, data.index.width
     if settings.start is not None:
-        prior, _ = load_prior(settings.start, dtype=torch.float32)
+        prior, info = load_prior(settings.start, dtype=torch.float32)
         found = (prior.config.num_tokens, prior.config.embedding_dim)
         if found != (tokens, width):
             raise PitError(
                 f"'{settings.start.name}' works with {found[0]} tokens of width {found[1]}, but "
                 f"'{settings.folders[0]}' holds {tokens} of width {width}; they belong to different adapters."
             )
+        _check_slots(settings, info, data.settings)
     else:
         sizes = settings.prior
         prior = IPPrior(width, sizes.hidden_dim, sizes.num_layers, sizes.num_attention_heads, tokens)
@@ -188,13 +192,38 @@ def _prior(settings: PriorSettings, tokens: int, width: int) -> IPPrior:
     return prior
 
 
+def _check_slots(settings: PriorSettings, info: PriorInfo, choice: Augment) -> None:
+    """A start knows its own slots: where the data's are others, the settings have to say that it is meant.
+
+    Slot 0 of a prior with use_ref is its reference; trained on without one, it would take a part for it.
+    """
+    unset = [name for name in ("use_ref", "max_crops") if getattr(settings, name) is None]
+    if differ := [name for name in unset if getattr(info, name) != getattr(choice, name)]:
+        theirs, ours = (
+            ", ".join(f"{name}: {json.dumps(getattr(each, name))}" for name in differ)
+            for each in (info, choice)
+        )
+        raise PitError(
+            f"The start was trained with '{theirs}', but the data comes with '{ours}'; set "
+            f"{' and '.join(differ)} in the training's settings, to either (use_ref: true needs data that "
+            "was embedded with it)."
+        )
+
+
 def _refuse_another_run(
-    settings: PriorSettings, data: JointTokens, objective: IPPriorObjective, *, write: bool
+    settings: PriorSettings,
+    data: JointTokens,
+    check: JointTokens,
+    objective: IPPriorObjective,
+    *,
+    write: bool,
 ) -> None:
+    held_out = [list(folder.rows) for folder in check.folders]
     now = {
         "tokens": sha256("\n".join(data.shards).encode()).hexdigest(),
         "weights": list(settings.weights) or None,
         "examples": len(data),
+        "held_out": sha256(json.dumps(held_out).encode()).hexdigest(),
         "choice": asdict(data.settings),
         "prior": objective.prior.config.to_dict(),
         "prefix": settings.prefix,
