@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import b4m, data, direction, evaluate, files, lora, miniature, sample, train
+from .commands import b4m, data, diptych, direction, evaluate, files, lora, miniature, sample, train
 
 MANY = ("--parts", "--reference", "--mask", "--direction", "--from", "--to", "--pictures")
 """Options that take several values after one name, as in `--parts wing.png horns.png`."""
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command in (sample.sample, sample.demo, files.convert, files.download, files.verify):
+for _command in (sample.sample, sample.demo, diptych.diptych, files.convert, files.download, files.verify):
     app.command()(_command)
 app.add_typer(data.app, name="data")
 app.add_typer(direction.app, name="direction")

@@ -117,6 +117,25 @@ def b4m(
     typer.echo(table.table(rows))
 
 
+@app.command("diptych")
+@plain_errors
+def diptych(
+    count: Annotated[int, typer.Option(help="Held-out critters.")] = 100,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the table and pictures.", show_default=False)
+    ] = None,
+) -> None:
+    """The subject kept and the scene followed over Diptych Prompting's strength, cut out and not."""
+    from ..evaluate import diptych as table
+    from ..miniature.flux_stack import load_flux
+    from ..miniature.models import load_reader
+
+    model, _ = load_flux()
+    rows = table.run(model, load_reader("judge"), count=count, seed=seed, out=out, progress=_say)
+    typer.echo(table.table(rows))
+
+
 def _measured() -> tuple[Stack, Module]:
     """The miniature, and the reader that judges its pictures."""
     from ..miniature.models import load_reader, load_stack
