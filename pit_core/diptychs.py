@@ -161,7 +161,7 @@ def run(
             save_png(image, path)
         record = folder.add("record.json")  # last, because it says that the run is complete
         write_record(record, _record(named, request, layout, settings, folder, command))
-    return Output(*paths, record)
+    return Output(paths[0], paths[1], paths[2], record)
 
 
 def _record(

@@ -123,5 +123,6 @@ def _queries_keys_values(attn: Any, image: Tensor, text: Tensor | None, rotary: 
         text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
         q, k, v = (torch.cat(pair, 1) for pair in ((text_q, q), (text_k, k), (text_v, v)))
     if rotary is not None:
-        q, k = (apply_rotary_emb(t, rotary, sequence_dim=1) for t in (q, k))
+        turn: Any = apply_rotary_emb  # gives a pair for other kinds of rotary embedding
+        q, k = (turn(t, rotary, sequence_dim=1) for t in (q, k))
     return [t.transpose(1, 2) for t in (q, k, v)]
