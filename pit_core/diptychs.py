@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import Linear
 
 from .backgrounds import CutOut
 from .cutout import on_white, read_mask
@@ -247,7 +248,7 @@ def load_controlnet(folder: Path) -> Any:
     wide = weights.get("controlnet_x_embedder.weight")
     if wide is None or wide.ndim != 2:
         raise PitError(f"'{folder}' holds no ControlNet for Flux; its controlnet_x_embedder is missing.")
-    model.controlnet_x_embedder = torch.nn.Linear(wide.shape[1], model.inner_dim)
+    model.controlnet_x_embedder = Linear(wide.shape[1], model.inner_dim)
     check_shapes({key: t.shape for key, t in model.state_dict().items()}, weights, f"'{folder / WEIGHTS}'")
     model.load_state_dict({key: t.float() for key, t in weights.items()})
     return model.eval().requires_grad_(False)
